@@ -1,0 +1,44 @@
+"""Write data/{train,dev,test}.jsonl: disjoint by prompt, from a seed.
+
+python recipes/quickstart/make_data.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from itertools import islice
+from pathlib import Path
+
+from tasks import TASKS, unique_rows
+
+HERE = Path(__file__).parent
+ROWS = {"test": 500, "dev": 100, "train": 2000}  # a task
+SEED = 2026
+
+
+def prompt_hash(row: dict[str, str]) -> str:
+    return hashlib.sha256(row["prompt"].encode()).hexdigest()
+
+
+def main() -> None:
+    splits: dict[str, list[dict[str, str]]] = {name: [] for name in ROWS}
+    for task in TASKS:
+        stream = unique_rows(task, SEED)
+        for name, count in ROWS.items():
+            splits[name] += list(islice(stream, count))
+    (HERE / "data").mkdir(exist_ok=True)
+    for name, rows in splits.items():
+        random.Random(SEED).shuffle(rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (HERE / "data" / f"{name}.jsonl").write_text(text)
+        print(f"{name}: {len(rows)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    hashes = {name: {prompt_hash(row) for row in rows} for name, rows in splits.items()}
+    for a in hashes:
+        for b in hashes:
+            assert a == b or not hashes[a] & hashes[b], f"{a} and {b} share prompts"
+
+
+if __name__ == "__main__":
+    main()
