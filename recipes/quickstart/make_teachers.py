@@ -18,28 +18,10 @@ from pathlib import Path
 
 import torch
 from tasks import unique_rows
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from vocabulary import LIMIT, byte_level_tokenizer
 
 HERE = Path(__file__).parent
-LIMIT = 128
-
-
-def byte_level_tokenizer(texts: list[str], split: str, merges: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges stay inside the pieces of the regex `split`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=len(special) + len(alphabet) + merges, special_tokens=special,
-        initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-                                   eos_token="</s>", model_max_length=LIMIT, clean_up_tokenization_spaces=False)
 
 
 def build(task: str, texts: list[str]):
@@ -93,7 +75,7 @@ def exact(model, tokenizer, rows) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("task", choices=("chain", "letters"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,1 @@
+"""One axis of the map from teacher coordinates to student coordinates a module."""

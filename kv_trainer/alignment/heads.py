@@ -1,0 +1,136 @@
+"""The head and head-width axes: trainable maps between unlike heads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..types import KVShape, KVStates
+
+Init = Literal["auto", "grouped", "xavier", "kaiming", "normal"]
+Direction = Literal["teacher_to_student", "student_to_teacher"]
+
+
+def grouped_average(outputs: int, inputs: int) -> Tensor:
+    """[outputs, inputs] matrix that averages the inputs each output covers.
+
+    The identity where the counts agree, the mean of a group where `outputs` divides `inputs`, a repeat where
+    `inputs` divides `outputs`, and the overlap-weighted mean otherwise. Rows sum to one.
+    """
+    edge = torch.arange(outputs + 1, dtype=torch.float64) * inputs / outputs
+    start, end = edge[:-1, None], edge[1:, None]
+    left = torch.arange(inputs, dtype=torch.float64)[None]
+    overlap = (torch.minimum(end, left + 1) - torch.maximum(start, left)).clamp_min(0)
+    return (overlap / overlap.sum(1, keepdim=True)).float()
+
+
+def initialise(weight: Tensor, init: str) -> None:
+    """Fill a [outputs, inputs] weight in place."""
+    with torch.no_grad():
+        if init == "grouped":
+            weight.copy_(grouped_average(*weight.shape))
+        elif init == "xavier":
+            nn.init.xavier_uniform_(weight)
+        elif init == "kaiming":
+            nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+        else:
+            nn.init.normal_(weight, std=0.02)
+
+
+def auto_mlp_ratio(teacher_parameters: int) -> float:
+    """Bottleneck width over input width by teacher size: 0.5 below 14B, 1 from 14B to 30B, 2 above."""
+    return 0.5 if teacher_parameters < 14e9 else 1.0 if teacher_parameters <= 30e9 else 2.0
+
+
+class ElasticBottleneck(nn.Sequential):
+    """LayerNorm -> Linear(d, h = mlp_ratio d) -> SiLU -> Dropout -> Linear(h, d_out), over the last axis."""
+
+    def __init__(self, inputs: int, outputs: int, mlp_ratio: float, dropout: float, init: str) -> None:
+        hidden = max(1, round(mlp_ratio * inputs))
+        first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+        for layer in (first, last):
+            initialise(layer.weight, init)
+            nn.init.zeros_(layer.bias)
+        super().__init__(nn.LayerNorm(inputs), first, nn.SiLU(), nn.Dropout(dropout), last)
+
+
+class KVProjector(nn.Module):
+    """Maps one layer's keys (or values) in two steps: head width, then heads.
+
+    [B, H_in, T, D_in] -> width -> [B, H_in, T, D_out] -> mixing of heads -> [B, H_out, T, D_out].
+    With method "linear" and init "grouped" it starts as the grouped average over both axes; where the shapes agree
+    that is the identity.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, int],
+        outputs: tuple[int, int],
+        method: str = "linear",
+        init: Init = "auto",
+        mlp_ratio: float = 0.5,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if method == "linear":
+            self.width: nn.Module = nn.Linear(inputs[1], outputs[1])
+            initialise(self.width.weight, "grouped" if init == "auto" else init)
+            nn.init.zeros_(self.width.bias)
+        else:
+            if init == "grouped":
+                raise ValueError("projector.init is 'grouped', which only a linear projector has; use 'xavier' or 'auto'.")
+            bottleneck_init = "xavier" if init == "auto" else init
+            self.width = ElasticBottleneck(inputs[1], outputs[1], mlp_ratio, dropout, bottleneck_init)
+        self.heads = nn.Linear(inputs[0], outputs[0], bias=False)
+        initialise(self.heads.weight, "grouped")
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.width(x.to(self.heads.weight.dtype))
+        return torch.einsum("oi,bitd->botd", self.heads.weight, wide)
+
+
+class TeacherProjectors(nn.Module):
+    """All maps between one teacher and the student: keys and values apart, one pair a student layer.
+
+    direction "student_to_teacher": maps student states to the teacher's shape, where `standardise` makes the
+    teacher's states the fixed target; "teacher_to_student": maps teacher states to the student's shape.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, student: KVShape, teacher: KVShape, direction: Direction, **projector: object) -> None:
+        super().__init__()
+        self.direction = direction
+        ours, theirs = (student.num_kv_heads, student.head_dim), (teacher.num_kv_heads, teacher.head_dim)
+        inputs, outputs = (ours, theirs) if direction == "student_to_teacher" else (theirs, ours)
+        layers = range(student.num_layers)
+        self.keys = nn.ModuleList(KVProjector(inputs, outputs, **projector) for _ in layers)
+        self.values = nn.ModuleList(KVProjector(inputs, outputs, **projector) for _ in layers)
+        # Per-channel statistics of the teacher's keys and values, from calibration: [2, L, H, 1, D].
+        shape = (2, student.num_layers, theirs[0], 1, theirs[1])
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, states: KVStates) -> KVStates:
+        keys = tuple(p(k) for p, k in zip(self.keys, states.keys, strict=True))
+        values = tuple(p(v) for p, v in zip(self.values, states.values, strict=True))
+        return KVStates(keys, values, states.mask, states.layers, states.num_layers)
+
+    @torch.no_grad()
+    def standardise(self, teacher: KVStates) -> KVStates:
+        """The teacher's states with the calibrated mean taken off and divided by the calibrated deviation."""
+        keys = tuple((k - m) / s for k, m, s in zip(teacher.keys, self.mean[0], self.scale[0], strict=True))
+        values = tuple((v - m) / s for v, m, s in zip(teacher.values, self.mean[1], self.scale[1], strict=True))
+        return KVStates(keys, values, teacher.mask, teacher.layers, teacher.num_layers)
+
+    @torch.no_grad()
+    def calibrate(self, batches: list[KVStates]) -> None:
+        """Set mean and deviation from aligned teacher states, counting True positions only."""
+        for part, name in enumerate(("keys", "values")):
+            for layer in range(self.mean.shape[1]):
+                rows = torch.cat([getattr(b, name)[layer].transpose(1, 2)[b.mask] for b in batches]).float()
+                self.mean[part, layer, :, 0] = rows.mean(0)
+                self.scale[part, layer, :, 0] = rows.std(0, correction=0).clamp_min(1e-4)

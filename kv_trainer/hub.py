@@ -1,0 +1,184 @@
+"""The model card: what was distilled into the student, how well it went, and how to do it again."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .arguments import ModelConfig, Recipe
+from .report import format_count, result_rows
+from .types import KVShape
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
+# Figures of the machine, not of the model: they are left out of the card.
+MACHINE = ("train_runtime", "train_steps_per_second", "peak_memory_mb")
+
+
+def write_model_card(
+    output_dir: str | os.PathLike[str],
+    recipe: Recipe,
+    results: dict[str, float],
+    shapes: dict[str, KVShape],
+) -> Path:
+    """Write `output_dir`/README.md, a hub model card, and return its path.
+
+    results: as for `report.print_results`. shapes: by teacher name, and under 'student'. Local folders appear by
+    their last component alone, so that the card gives away no path or user name.
+    """
+    target = Path(output_dir) / "README.md"
+    name = Path(recipe.args.hub_model_id or Path(output_dir).resolve()).name
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=_hub_name(recipe.student.model, recipe),
+        datasets=_hub_name(recipe.args.data.path, recipe),
+        tags=["kv-distillation", "knowledge-distillation"],
+        model_name=name,
+        eval_results=_eval_results(recipe, results) or None,
+    )
+    sections = (
+        f"# {name}",
+        _introduction(recipe),
+        "## Method\n\n" + _method(recipe, shapes),
+        "## Data\n\n" + _data(recipe),
+        "## Results\n\n" + _results(results),
+        "## Use\n\n" + USE.format(name=recipe.args.hub_model_id or name),
+        "## Reproduce\n\n" + _reproduction(recipe),
+        "## Citations\n\n" + _citations(recipe),
+    )
+    card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    card.save(temporary)
+    os.replace(temporary, target)
+    return target
+
+
+def _hub_name(name: str | None, recipe: Recipe) -> str | None:
+    """`name` if it is a repository on the hub, None if it is a file or folder here."""
+    if not name or not HUB_NAME.fullmatch(name):
+        return None
+    here = (Path(name), Path(recipe.path).parent / name)
+    return None if any(path.exists() for path in here) else name
+
+
+def _shown(name: str | None, recipe: Recipe) -> str:
+    """A hub name in full; a path by its last component."""
+    hub_name = _hub_name(name, recipe)
+    return hub_name or re.split(r"[/\\]", (name or "").rstrip("/\\"))[-1]
+
+
+def _model(config: ModelConfig, recipe: Recipe) -> str:
+    revision = f" at `{config.revision}`" if config.revision else ""
+    return f"`{_shown(config.model, recipe)}`{revision}"
+
+
+def _introduction(recipe: Recipe) -> str:
+    student = recipe.student
+    if student.keep_layers is not None:
+        origin = f"{_model(student, recipe)}, cut down to its layers {', '.join(map(str, student.keep_layers))}"
+    elif student.model:
+        origin = _model(student, recipe)
+    else:
+        origin = f"random weights in the shape of `{_shown(student.config, recipe)}`"
+    return (
+        f"A student distilled with `kv_trainer` from {len(recipe.teachers)} teacher(s) through their attention keys "
+        f"and values. It started from {origin}."
+    )
+
+
+def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
+    rows = [["", "model", "family", "layers", "KV heads", "head width", "RoPE base", "vocabulary", "parameters"]]
+    student = recipe.student
+    start = _model(student, recipe) if student.model else f"`{_shown(student.config, recipe)}` (config)"
+    for name, model in {"student": start, **{n: _model(t, recipe) for n, t in recipe.teachers.items()}}.items():
+        rows.append([name, model, *_shape_cells(shapes.get(name))])
+    losses = [["loss", "weight", "schedule"]]
+    losses += [[f"`{name}`", f"{loss.weight:g}", loss.schedule] for name, loss in recipe.args.losses.items()]
+    align, fusion = recipe.args.alignment, recipe.args.fusion
+    how = (
+        f"Tokens are aligned by `{align.tokens.method}`, layers by `{align.layers.method}`; teachers are fused by "
+        f"`{fusion.method}`."
+    )
+    control = recipe.args.control.shuffle
+    warning = f"\n\n**This is a control run**: teacher states are shuffled by `{control}`." if control else ""
+    return f"{_table(rows)}\n\n{how}{warning}\n\n{_table(losses)}"
+
+
+def _shape_cells(shape: KVShape | None) -> list[str]:
+    if shape is None:
+        return ["-"] * 7
+    base = "none" if shape.rope_theta is None else f"{shape.rope_theta:,.0f}"
+    sizes = [str(shape.num_layers), str(shape.num_kv_heads), str(shape.head_dim), base, f"{shape.vocab_size:,}"]
+    return [shape.family, *sizes, format_count(shape.num_parameters)]
+
+
+def _data(recipe: Recipe) -> str:
+    data = recipe.args.data
+    part = f" ({data.name})" if data.name else ""
+    evaluation = f", evaluated on `{data.eval_split}`" if data.eval_split else ""
+    return (
+        f"`{_shown(data.path, recipe)}`{part}: trained on `{data.train_split}`{evaluation}; sequences of at most "
+        f"{data.max_length} tokens."
+    )
+
+
+def _results(results: dict[str, float]) -> str:
+    rows = result_rows({name: value for name, value in results.items() if name not in MACHINE})
+    return _table([["figure", "value"], *map(list, rows)]) if rows else "Not evaluated."
+
+
+def _eval_results(recipe: Recipe, results: dict[str, float]) -> list[EvalResult]:
+    data = recipe.args.data
+    figures = {n: v for n, v in results.items() if n == "eval_perplexity" or n.startswith("eval_accuracy")}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_shown(data.path, recipe) or "unknown",
+            dataset_name=_shown(data.path, recipe) or "unknown",
+            dataset_config=data.name,
+            dataset_split=data.eval_split,
+            metric_type="perplexity" if name == "eval_perplexity" else "accuracy",
+            metric_name=name.removeprefix("eval_").replace("_", " "),
+            metric_value=round(value, 4),
+        )
+        for name, value in figures.items()
+        if math.isfinite(value)
+    ]
+
+
+def _reproduction(recipe: Recipe) -> str:
+    args = recipe.args
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    file = Path(recipe.path).name or "recipe.yaml"
+    return (
+        f"```bash\nkv-trainer train {file}\n```\n\n"
+        f"{length}, {batch} rows a step and device, learning rate {args.learning_rate:g}, seed {args.seed}."
+    )
+
+
+def _citations(recipe: Recipe) -> str:
+    sources = dict.fromkeys(loss.source for loss in recipe.args.losses.values() if loss.source)
+    linked = [ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", source) for source in sources]
+    return "\n".join(f"- {source}" for source in linked) or "None: only the text itself was learnt from."
+
+
+def _table(rows: list[list[Any]]) -> str:
+    head, *body = [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+USE = """The student is an ordinary checkpoint; `kv_trainer` is not needed to run it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""

@@ -1,0 +1,85 @@
+"""Loading students, teachers and tokenizers from their section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import ModelConfig, StudentConfig
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer a section names, else its model's own; a missing pad token becomes the end token."""
+    name = config.tokenizer or config.model
+    assert name is not None, "recipes.py checks that a model without weights names its tokenizer"
+    revision = config.revision if config.tokenizer is None else None
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(config: ModelConfig) -> PreTrainedModel:
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **options)
+
+
+def load_student(config: StudentConfig) -> PreTrainedModel:
+    """A pretrained, pruned or random student, with the layers and the freezing its section asks for."""
+    if config.config is not None:
+        shape = AutoConfig.from_pretrained(config.config, trust_remote_code=config.trust_remote_code)
+        options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
+    else:
+        model = load_pretrained(config)
+    if config.keep_layers is not None:
+        keep_layers(model, config.keep_layers)
+    freeze(model, config.freeze)
+    return model
+
+
+def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
+    """Prune a decoder in place to some of its layers, in the given order; its config follows."""
+    config = model.config.get_text_config()
+    total = config.num_hidden_layers
+    wrong = [i for i in kept if not 0 <= i < total]
+    if wrong or not kept or len(set(kept)) < len(kept):
+        raise ValueError(f"student.keep_layers is {kept}; give different layers from 0 to {total - 1}.")
+    lists = [(m, n) for m in model.modules() for n, c in m.named_children() if isinstance(c, nn.ModuleList) and len(c) == total]
+    if len(lists) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; keep_layers needs just one.")
+    parent, name = lists[0]
+    layers = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
+    for new, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = new
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stop the gradient of every parameter whose name contains a pattern; one that matches nothing is an error."""
+    for pattern in patterns:
+        named = [p for n, p in model.named_parameters() if pattern in n]
+        if not named:
+            raise ValueError(f"student.freeze: no parameter's name contains '{pattern}'.")
+        for parameter in named:
+            parameter.requires_grad_(False)
+
+
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers cut every text alike: same vocabulary and same rules."""
+    if first.get_vocab() != second.get_vocab():
+        return False
+    a, b = getattr(first, "backend_tokenizer", None), getattr(second, "backend_tokenizer", None)
+    return first is second or a is None or b is None or a.to_str() == b.to_str()

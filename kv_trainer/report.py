@@ -1,0 +1,248 @@
+"""What a person sees of a run: the header before it, the results after it, and its curve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from .callbacks import read_metrics
+from .losses import DistillationLoss
+from .types import KVShape
+
+# Okabe and Ito's palette, told apart by colour-blind readers as well.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+FIXED_COLOURS = {"cross_entropy": PALETTE[0], "kv_relation": PALETTE[1], "kv": PALETTE[2]}
+INK, FAINT = "#333333", "#DDDDDD"
+PLAIN = FuncFormatter(lambda y, _: f"{y:g}")
+
+
+def axes_that_differ(student: KVShape, teachers: dict[str, KVShape], same_tokenizer: dict[str, bool]) -> list[str]:
+    """The axes on which some teacher is unlike the student, in the order in which they are bridged."""
+    differs: dict[str, Callable[[str, KVShape], bool]] = {
+        "tokenizer": lambda name, shape: not same_tokenizer[name],
+        "layers": lambda name, shape: shape.num_layers != student.num_layers,
+        "heads": lambda name, shape: shape.num_kv_heads != student.num_kv_heads,
+        "head width": lambda name, shape: shape.head_dim != student.head_dim,
+        "RoPE base": lambda name, shape: shape.rope_theta != student.rope_theta,
+        "family": lambda name, shape: shape.family != student.family,
+    }
+    return [axis for axis, test in differs.items() if any(test(name, shape) for name, shape in teachers.items())]
+
+
+def print_header(
+    console: Console,
+    student: KVShape,
+    teachers: dict[str, KVShape],
+    differs: list[str],
+    trainable: int,
+    projector: int,
+    projector_lr: float | None,
+    learning_rate: float,
+    losses: dict[str, DistillationLoss],
+) -> None:
+    """The models side by side, the axes that differ, and what is trained how.
+
+    trainable: trainable parameters of the student; projector: those of the projectors, on top of them.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("student", *teachers):
+        table.add_column(name, justify="right")
+    shapes = (student, *teachers.values())
+    for label, show in SHAPE_ROWS.items():
+        own = show(student)
+        marked = [f"[yellow]{v}[/]" if v != own and label not in UNMARKED else v for v in map(show, shapes)]
+        table.add_row(f"[dim]{label}[/]", *marked)
+    console.print(table)
+    console.print()
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column(style="dim")
+    facts.add_column()
+    facts.add_row("differ in", ", ".join(differs) or "nothing")
+    share = trainable / max(1, student.num_parameters)
+    facts.add_row("trainable", f"{trainable:,} student parameters ({share:.0%}), learning rate {learning_rate:g}")
+    if projector:
+        rate = "" if projector_lr is None else f", learning rate {projector_lr:g}"
+        facts.add_row("", f"{projector:,} projector parameters{rate}")
+    for i, (name, loss) in enumerate(losses.items()):
+        facts.add_row("" if i else "losses", _describe_loss(name, loss))
+    console.print(facts)
+
+
+def print_results(
+    console: Console, results: dict[str, float], curve: Path | None, output_dir: str | os.PathLike[str]
+) -> None:
+    """The figures of a finished run, then where its files are.
+
+    Known keys, all optional: eval_accuracy, eval_accuracy_<task>, eval_loss, eval_perplexity, loss_<term>,
+    train_steps_per_second, peak_memory_mb, train_runtime (seconds). Others are not shown.
+    """
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for label, value in result_rows(results):
+        table.add_row(label, value)
+    if table.row_count:
+        console.print(table)
+    for label, path in (("model", output_dir), ("curve", curve)):
+        if path is not None:
+            # soft_wrap: a path must stay one piece to be copied.
+            console.print(f"{label}: {os.fspath(path)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def result_rows(results: dict[str, float]) -> list[tuple[str, str]]:
+    """Label and printed value of every known figure, tasks before the overall answer."""
+    tasks = [name for name in results if name.startswith("eval_accuracy_")]
+    terms = [name for name in results if name.startswith("loss_")]
+    known: dict[str, tuple[str, Callable[[float], str]]] = {
+        **{name: (f"exact answers, {name.removeprefix('eval_accuracy_')}", "{:.1%}".format) for name in tasks},
+        "eval_accuracy": ("exact answers", "{:.1%}".format),
+        "eval_perplexity": ("perplexity", "{:.4g}".format),
+        "eval_loss": ("evaluation loss", "{:.4g}".format),
+        **{name: (f"last {name.removeprefix('loss_')} loss", "{:.4g}".format) for name in terms},
+        "train_steps_per_second": ("steps per second", "{:.3g}".format),
+        "peak_memory_mb": ("peak memory", lambda mb: f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.0f} MiB"),
+        "train_runtime": ("training time", _duration),
+    }
+    return [(label, show(results[name])) for name, (label, show) in known.items() if name in results]
+
+
+def draw_curve(metrics: Path, target: Path, title: str) -> Path | None:
+    """Draw a metrics file as a PNG: loss terms on the left; evaluations, or else the learning rate, on the right.
+
+    Returns `target`, or None (and writes nothing) where the file is missing or holds no training log.
+    """
+    rows = read_metrics(metrics) if metrics.exists() else []
+    if not any(isinstance(row.get("loss"), float) for row in rows):
+        return None
+    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure.suptitle(title, parse_math=False, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    _draw_losses(left, rows)
+    if len(_series(rows, "eval_loss")[0]) > 1 or len(_series(rows, "eval_accuracy")[0]) > 1:
+        _draw_evaluations(right, rows)
+    else:
+        steps, rates = _series(rows, "learning_rate")
+        right.plot(steps, rates, color=PALETTE[0], linewidth=1.8)
+        right.set_ylim(bottom=0)
+        right.yaxis.set_major_formatter(PLAIN)
+        _dress(right, "learning rate")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, target)
+    return target
+
+
+def _draw_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
+    spare = (colour for colour in PALETTE if colour not in FIXED_COLOURS.values())
+    series = {name.removeprefix("loss_"): _series(rows, name) for name in names}
+    values: list[float] = []
+    for label, (steps, points) in {"total": _series(rows, "loss"), **series}.items():
+        colour = INK if label == "total" else FIXED_COLOURS.get(label) or next(spare, INK)
+        style = {"color": colour, "linestyle": (0, (4, 2)) if label == "total" else "-"}
+        if len(points) > 60:  # many noisy points: the mean is the line, they are its haze
+            axes.plot(steps, points, **{**style, "linestyle": "-"}, linewidth=0.8, alpha=0.2)
+        axes.plot(steps, _smooth(points), **style, linewidth=1.8, label=label, solid_capstyle="round")
+        values += points
+    # Terms of unlike size share a panel only on a log scale.
+    if min(values) > 0 and max(values) / min(values) > 8:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) / min(values) < 1000 else (1,)))
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter("")
+    _dress(axes, "loss terms (unweighted) and their weighted total")
+    _legend(axes, axes.get_legend_handles_labels()[0])
+
+
+def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, perplexity = _series(rows, "eval_perplexity")
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("eval_accuracy")))
+    tasks = sorted(name for name in names if name != "eval_accuracy")
+    handles = []
+    lower = axes
+    if names:
+        for name, colour in zip(["eval_accuracy", *tasks], (INK, *PALETTE[3:], *PALETTE[1:3]), strict=False):
+            label = name.removeprefix("eval_accuracy").lstrip("_") or "all"
+            handles += axes.plot(*_series(rows, name), color=colour, marker="o", markersize=4, label=label)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        lower = axes.twinx()
+        lower.tick_params(axis="y", colors=PALETTE[0], labelsize=9, length=0)
+    style = {"marker": "s", "markersize": 3.5, "linestyle": (0, (2, 2)), "linewidth": 1.2}
+    handles += lower.plot(steps, perplexity, color=PALETTE[0], label="perplexity", **style)
+    _dress(axes, "exact answers (left) and perplexity (right)" if names else "perplexity")
+    if names:
+        for side in lower.spines.values():
+            side.set_visible(False)
+        _legend(axes, handles)
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, colors=INK, length=0, which="both")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+
+
+def _legend(axes: Axes, handles: list[Any]) -> None:
+    """One row below the axes, where it hides no line; more rows where the names are many."""
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(len(handles), 5)}
+    axes.legend(handles=handles, **where, frameon=False, fontsize=9, handlelength=1.8, labelcolor=INK)
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was logged and finite."""
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(points: list[float]) -> list[float]:
+    """Mean over a window around each point, of at most 1/30 of the curve."""
+    half = len(points) // 60
+    windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def format_count(count: int) -> str:
+    """A number of parameters as people say it: 135.2M, 1.24B, 832k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 100 * size else f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _describe_loss(name: str, loss: DistillationLoss) -> str:
+    rise = f", warmed up over {loss.warmup_ratio:.0%} of the run" if loss.warmup_ratio else ""
+    return f"{name} x {loss.weight:g}, {loss.schedule}{rise}"
+
+
+SHAPE_ROWS: dict[str, Callable[[KVShape], str]] = {
+    "family": lambda shape: shape.family,
+    "layers": lambda shape: str(shape.num_layers),
+    "KV heads": lambda shape: str(shape.num_kv_heads),
+    "head width": lambda shape: str(shape.head_dim),
+    "RoPE base": lambda shape: "none" if shape.rope_theta is None else f"{shape.rope_theta:,.0f}",
+    "vocabulary": lambda shape: f"{shape.vocab_size:,}",
+    "parameters": lambda shape: format_count(shape.num_parameters),
+}
+UNMARKED = ("vocabulary", "parameters")  # sizes, not axes to bridge

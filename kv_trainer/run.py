@@ -1,0 +1,107 @@
+"""A recipe carried out: what `kv-trainer train` and `kv-trainer evaluate` do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from transformers import AutoModelForCausalLM, set_seed
+
+from . import hub, report
+from .arguments import Recipe
+from .callbacks import peak_memory_mb
+from .capture import kv_shape
+from .data import Reader, aligned_share, encode_rows, load_split
+from .evaluation import evaluate_model
+from .models import load_tokenizer, same_tokenizer
+from .recipes import save_recipe
+from .trainer import MultiTeacherKVTrainer
+
+
+def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
+    """The trainer a recipe describes; weights are loaded or drawn from its seed here."""
+    data = recipe.args.data
+    train = load_split(data, data.train_split, data.max_train_samples)
+    evaluation = load_split(data, data.eval_split, data.max_eval_samples) if data.eval_split else None
+    set_seed(recipe.args.seed)
+    return MultiTeacherKVTrainer(
+        model=recipe.student,
+        teachers=recipe.teachers,
+        args=recipe.args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+    )
+
+
+def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
+    """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results."""
+    transformers.logging.set_verbosity_warning()
+    trainer = build_trainer(recipe)
+    args, folder = recipe.args, Path(recipe.args.output_dir)
+    main = trainer.is_world_process_zero()
+    console = Console(quiet=not main)
+    show_header(console, trainer)
+    fit = trainer.train(resume_from_checkpoint=True if resume else None)
+    last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
+    results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
+    if trainer.eval_dataset is not None:
+        results.update(trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if main:
+        write_json(folder / "all_results.json", results)
+        save_recipe(recipe, folder / "recipe.yaml")
+        curve = report.draw_curve(folder / "metrics.jsonl", folder / "curve.png", title=folder.name)
+        shapes = {"student": kv_shape(trainer.model), **{n: t.shape for n, t in trainer.teachers.items()}}
+        hub.write_model_card(folder, recipe, results, shapes)
+        report.print_results(console, results, curve, folder)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
+    student = kv_shape(trainer.model)
+    shapes = {name: teacher.shape for name, teacher in trainer.teachers.items()}
+    same = {n: same_tokenizer(trainer.processing_class, t.reader.tokenizer) for n, t in trainer.teachers.items()}
+    projector = sum(p.numel() for p in trainer.bridge.parameters())
+    report.print_header(
+        console,
+        student=student,
+        teachers=shapes,
+        differs=report.axes_that_differ(student, shapes, same),
+        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) - projector,
+        projector=projector,
+        projector_lr=trainer.args.projector.learning_rate if projector else None,
+        learning_rate=trainer.args.learning_rate,
+        losses=trainer.bridge.losses,
+    )
+    for name in trainer.teachers:
+        share = aligned_share(trainer.train_dataset, name)
+        note = " — below half: check that both read the same text" if share < 0.5 else ""
+        console.print(f"{name}: {share:.1%} of the student's positions are aligned{note}")
+
+
+def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
+    """The results table of a checkpoint on a recipe's evaluation split, without any teacher."""
+    transformers.logging.set_verbosity_warning()
+    data = recipe.args.data
+    if not data.eval_split:
+        raise ValueError("data.eval_split is null in the recipe, so there is nothing to evaluate on.")
+    student = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(recipe.args.device)
+    tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=recipe.student.trust_remote_code))
+    rows = load_split(data, data.eval_split, data.max_eval_samples)
+    reader = Reader(tokenizer, recipe.student.chat)
+    encoded = encode_rows(rows, reader, {}, data, keep=("prompt_ids", "task", "answer"))
+    results = evaluate_model(student, tokenizer, encoded, recipe.args.evaluation)
+    report.print_results(Console(), results, None, model)
+    return results
+
+
+def write_json(path: Path, content: dict[str, float]) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

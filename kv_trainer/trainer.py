@@ -1,0 +1,281 @@
+"""MultiTeacherKVTrainer: the Trainer's overrides, no maths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .arguments import ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
+from .bridge import NAME, KVBridge, Supervision
+from .callbacks import LossTermsProgress, MetricsFile
+from .capture import kv_shape
+from .data import KVCollator, Reader, encode_rows
+from .evaluation import evaluate_model
+from .models import load_pretrained, load_student, load_tokenizer
+from .teachers import Teacher
+
+BRIDGE_FILE = "kv_bridge.safetensors"
+Loadable = str | PreTrainedModel | ModelConfig
+
+
+class MultiTeacherKVTrainer(Trainer):
+    """A Trainer whose student also learns from the keys and values of several teachers.
+
+    model: a name, a folder, a StudentConfig or an instance.
+    teachers: name -> a model name, a TeacherConfig, an instance, or a pair (instance, tokenizer).
+    args: losses, alignment, fusion and all TrainingArguments in one object.
+    train_dataset, eval_dataset: rows of text (prompt + completion, messages, text, or any through templates), as
+    datasets.Dataset; they are encoded here for the student and every teacher.
+    processing_class: the student's tokenizer; default the one of `model`.
+    peft_config: a peft.PeftConfig to train adapters instead of all weights.
+
+    Every loss divides by the tokens or samples of the whole accumulated, all-ranks batch, so a step does not depend
+    on how it is cut into micro-batches. The trainable maps of teachers' heads live in `model.kv_bridge`, learn at
+    `args.projector.learning_rate`, and are saved apart from the student, in kv_bridge.safetensors.
+    """
+
+    def __init__(
+        self,
+        model: Loadable,
+        teachers: Mapping[str, Any] | None = None,
+        args: MultiTeacherKVConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = args or MultiTeacherKVConfig()
+        args.remove_unused_columns = False
+        student, processing_class, chat = resolve_student(model, processing_class)
+        reader = Reader(processing_class, chat)
+        self.teachers = {name: resolve_teacher(name, t, processing_class) for name, t in (teachers or {}).items()}
+        check_control(args)
+        shape = kv_shape(student) if self.teachers else None
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+        self.bridge = KVBridge(
+            shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
+        )
+        for name, teacher in self.teachers.items():
+            teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.needs_likelihood)
+        self.bridge.attach(student)
+        readers = {name: teacher.reader for name, teacher in self.teachers.items()}
+        if train_dataset is not None and "input_ids" not in train_dataset.column_names:
+            train_dataset = encode_rows(train_dataset, reader, readers, args.data)
+        if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
+            eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=("prompt_ids", "task", "answer"))
+        pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
+        self._samples_in_step: Tensor | float = 1.0
+        self._terms: dict[str, Tensor] = {}
+        self._term_steps = 0
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator or KVCollator(processing_class.pad_token_id, pads),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[MetricsFile(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        # Our losses are sums over the micro-batch divided by counts of the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
+        self._use_cache = getattr(self.model.config, "use_cache", None)
+        if ProgressCallback in {type(c) for c in self.callback_handler.callbacks}:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossTermsProgress)
+        self.remove_callback(PrinterCallback)
+        for teacher in self.teachers.values():
+            teacher.model.to(self.args.device)
+
+    # ---- one step
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
+        """The micro-batches of one step, their supervised tokens, and (kept here) their samples, over all ranks."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
+        if self.args.world_size > 1:
+            samples = self.accelerator.gather(samples).sum()
+        self._samples_in_step = samples
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """All losses of one micro-batch; called outside training, its cross-entropy alone."""
+        labels, text = inputs["labels"], {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        signals = {name: t.signal(inputs["teachers"][name]) for name, t in self.teachers.items()}
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
+        with self.bridge.supervise(supervision):
+            outputs = model(**text, use_cache=False)
+        for name, term in self.bridge.terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term
+        # Ranks average their gradients, but each has already divided by the counts of all ranks.
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean raw value and the current weight of every loss term to the training logs."""
+        steps = self.state.global_step - self._term_steps
+        if "loss" in logs and self._terms and steps > 0:
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            for name, term in self._terms.items():
+                logs[f"loss_{name}"] = float(self.accelerator.reduce(term, "sum")) / steps
+                logs[f"weight_{name}"] = self.bridge.losses[name].weight_at(progress)
+            self._terms, self._term_steps = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Perplexity and exact answers of the student alone; see evaluation.evaluate_model."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("There is nothing to evaluate: give eval_dataset.")
+        student = self.accelerator.unwrap_model(self.model)
+        progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        found = evaluate_model(student, self.processing_class, rows, self.args.evaluation, progress)
+        metrics = {f"{metric_key_prefix}{name.removeprefix('eval')}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- projectors: their learning rate, calibration, and file
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's groups, with the bridge's parameters in groups of their own learning rate."""
+        optimizer = super().create_optimizer(model)
+        ours = {id(p) for n, p in self.model.named_parameters() if f"{NAME}." in n}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in ours]
+            if moved and not all(id(p) in ours for p in group["params"]):
+                group["params"] = [p for p in group["params"] if id(p) not in ours]
+                options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+                optimizer.add_param_group({**options, "params": moved, "lr": self.args.projector.learning_rate})
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any):
+        """Trainer.train, after the projectors' targets are standardised on the first training rows."""
+        if self.bridge.projectors and self.args.projector.direction == "student_to_teacher":
+            self.calibrate()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._use_cache is not None:
+                # Trainer switches it off for training, and would save it so.
+                self.model.config.use_cache = self._use_cache
+
+    def calibrate(self, samples: int = 64) -> None:
+        """Set every projector's mean and deviation from the teachers' states on the first training rows."""
+        rows = [self.train_dataset[i] for i in range(min(samples, len(self.train_dataset)))]
+        batches = [self._prepare_inputs(self.data_collator(rows[i : i + 8])) for i in range(0, len(rows), 8)]
+        for name, teacher in self.teachers.items():
+            states = [
+                self.bridge.align(name, teacher.signal(b["teachers"][name]), b["attention_mask"]) for b in batches
+            ]
+            self.bridge.projectors[name].calibrate(states)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The one funnel of all saves: the student plain, the bridge's tensors beside it."""
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        student = {k: v for k, v in state_dict.items() if f"{NAME}." not in k}
+        bridge = {k.split(f"{NAME}.", 1)[1]: v for k, v in state_dict.items() if f"{NAME}." in k}
+        trained_cache = getattr(self.model.config, "use_cache", None)
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache
+        super()._save(output_dir, state_dict=student)
+        if trained_cache is not None:
+            self.model.config.use_cache = trained_cache
+        if bridge and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / f"{BRIDGE_FILE}.tmp")
+            (folder / f"{BRIDGE_FILE}.tmp").replace(folder / BRIDGE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_bridge(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_bridge(self.state.best_model_checkpoint)
+
+    def _load_bridge(self, folder: str) -> None:
+        path = Path(folder) / BRIDGE_FILE
+        if not self.bridge.state_dict():
+            return
+        if not path.exists():
+            raise ValueError(f"{folder} has no {BRIDGE_FILE}, but this run has projectors; it is not a checkpoint of it.")
+        self.bridge.load_state_dict(load_file(path))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        load_result.missing_keys[:] = [k for k in load_result.missing_keys if f"{NAME}." not in k]
+        super()._issue_warnings_after_load(load_result)
+
+
+def resolve_student(
+    model: Loadable, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """The student's model and tokenizer, and whether it reads rows through its chat template."""
+    config = StudentConfig(model=model) if isinstance(model, str) else model
+    if isinstance(config, StudentConfig):
+        return load_student(config), tokenizer or load_tokenizer(config), config.chat
+    if tokenizer is None:
+        raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer, False
+
+
+def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) -> Teacher:
+    """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer."""
+    if isinstance(given, Teacher):
+        return given
+    if isinstance(given, str):
+        given = TeacherConfig(model=given)
+    if isinstance(given, TeacherConfig):
+        return Teacher(load_pretrained(given), Reader(load_tokenizer(given), given.chat), given.weight)
+    model, tokenizer = given if isinstance(given, tuple) else (given, students)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
+    if model.config.get_text_config().vocab_size < len(tokenizer):
+        raise ValueError(
+            f"Teacher '{name}' knows {model.config.get_text_config().vocab_size} tokens, its tokenizer {len(tokenizer)}: "
+            "it is not its own. Give the pair (model, tokenizer)."
+        )
+    return Teacher(model, Reader(tokenizer))
+
+
+def check_control(args: MultiTeacherKVConfig) -> None:
+    """Settings that would be silently inert or wrong."""
+    if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
+        raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values without gradient; set it to false."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")

@@ -1,0 +1,69 @@
+"""What flows between the parts, and the shape legend that every docstring uses.
+
+L layers, B batch, H key/value heads (``num_key_value_heads``), T student positions, S teacher positions,
+D head width, M teachers. Keys and values are always [B, H, S, D], keys always *before* RoPE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVStates:
+    """Keys and values of some layers of one model.
+
+    keys, values: one [B, H, S, D] tensor a captured layer, keys before RoPE.
+    mask: [B, S] bool, True where the position is real (not padding, and aligned once the states are mapped).
+    layers: the index of each captured layer in the model; num_layers: how many layers the model has.
+    queries: one [B, H_query, S, D] tensor a captured layer, before RoPE, where they were asked for.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor
+    layers: tuple[int, ...]
+    num_layers: int
+    queries: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.keys) == len(self.values) == len(self.layers), "one key and one value tensor a layer"
+
+    def map(self, function: Callable[[Tensor], Tensor], mask: Tensor | None = None) -> KVStates:
+        """The same states with `function` applied to every key and value tensor."""
+        return replace(
+            self,
+            keys=tuple(function(k) for k in self.keys),
+            values=tuple(function(v) for v in self.values),
+            mask=self.mask if mask is None else mask,
+        )
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The coordinates of a model's keys and values: what the header prints and the bridge maps between."""
+
+    family: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float | None
+    vocab_size: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What one teacher says about one batch, without gradient.
+
+    kv: states in the teacher's own coordinates.
+    index: [B, T] long, the teacher position aligned with each student position, -1 where there is none.
+    nll: [B] float, negative log-likelihood of the supervised text summed over the sample (nats), or None.
+    """
+
+    kv: KVStates
+    index: Tensor
+    nll: Tensor | None = None
