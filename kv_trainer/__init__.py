@@ -7,7 +7,7 @@ from .arguments import MultiTeacherKVConfig, StudentConfig, TeacherConfig
 from .bridge import KVBridge
 from .capture import capture_kv
 from .losses import DistillationLoss
-#from .recipes import load_recipe
+from .recipes import load_recipe
 from .trainer import MultiTeacherKVTrainer
 from .types import KVStates, TeacherSignal
 from .version import __version__
@@ -24,5 +24,5 @@ __all__ = [
     "TeacherSignal",
     "__version__",
     "capture_kv",
-#    "load_recipe",
+    "load_recipe",
 ]

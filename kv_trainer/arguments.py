@@ -68,7 +68,7 @@ class AlignmentConfig:
 class ProjectorConfig:
     """The trainable map of heads and head widths that the `kv` loss needs (see alignment/heads.py)."""
 
-    method: Literal["linear", "elastic_bottleneck"] = "linear"
+    method: Literal["linear", "elastic_bottleneck", "none"] = "linear"
     direction: Literal["teacher_to_student", "student_to_teacher"] = "student_to_teacher"
     mlp_ratio: float | Literal["auto"] = "auto"
     dropout: float = 0.1

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .alignment.rope import unrotate
+from .alignment.rope import rotate_half, unrotate
 from .types import KVStates
 
-INTERLEAVED = frozenset({"glm", "glm4", "cohere", "cohere2", "chatglm", "gptj", "codegen"})
-LATENT = frozenset({"deepseek_v2", "deepseek_v3", "longcat_flash", "kimi_k2"})
+# model_type -> why its cached keys are not half-rotated K; most such families are seen by their code instead.
+PAIRED = "rotates pairs of channels, not halves"
+UNREADABLE = {
+    "gptj": PAIRED,
+    "codegen": PAIRED,
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), "normalises keys after RoPE"),
+    **dict.fromkeys(("exaone4", "exaone_moe", "afmoe", "granitemoehybrid"), "rotates some layers only"),
+}
 
 
 def states_from_cache(model: PreTrainedModel, cache: Cache, mask: Tensor, position_ids: Tensor | None = None) -> KVStates:
@@ -21,9 +30,7 @@ def states_from_cache(model: PreTrainedModel, cache: Cache, mask: Tensor, positi
     position_ids: [B, S], as the model saw them; default 0 .. S-1.
     ValueError for a cache that a sliding window truncated, and for families whose cache does not hold K and V.
     """
-    family = model.config.get_text_config().model_type
-    if family in INTERLEAVED | LATENT:
-        raise ValueError(f"A cache of model_type '{family}' cannot be read: its keys are not half-rotated K. Use capture_kv.")
+    rotary = rotary_module(model)
     layers = cache.layers
     if any(layer.keys is None for layer in layers):
         raise ValueError("The cache is empty in some layers; fill it with a forward pass with use_cache=True.")
@@ -34,7 +41,6 @@ def states_from_cache(model: PreTrainedModel, cache: Cache, mask: Tensor, positi
             "sliding window dropped the others. Fill a DynamicCache() that was made without a config."
         )
     keys = tuple(layer.keys for layer in layers)
-    rotary = rotary_module(model)
     if rotary is not None:
         if position_ids is None:
             position_ids = mask.new_ones(mask.shape).long().cumsum(1) - 1
@@ -45,9 +51,24 @@ def states_from_cache(model: PreTrainedModel, cache: Cache, mask: Tensor, positi
 
 
 def rotary_module(model: nn.Module) -> nn.Module | None:
-    """The model's rotary embedding, None for absolute positions. ValueError where layers differ in their base."""
+    """The model's rotary embedding, None for absolute positions. ValueError where `unrotate` is not its inverse."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(value, dict) for value in rope.values()) or getattr(config, "no_rope_layers", None):
-        raise ValueError(f"model_type '{config.model_type}' has RoPE that differs by layer; use capture_kv instead of a cache.")
-    return next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    why = UNREADABLE.get(config.model_type)
+    if getattr(config, "kv_lora_rank", None):
+        why = "caches a latent instead of keys and values"
+    elif any(isinstance(value, dict) for value in rope.values()) or getattr(config, "no_rope_layers", None):
+        why = "has RoPE that differs by layer"
+    elif rotary is not None and not rotates_halves(rotary):
+        why = PAIRED
+    if why:
+        raise ValueError(f"A cache of model_type '{config.model_type}' cannot be read: it {why}. Use capture_kv instead.")
+    return rotary
+
+
+def rotates_halves(rotary: nn.Module) -> bool:
+    """Whether the family's own code, beside its rotary module, turns (x1, x2) to (-x2, x1) as `unrotate` assumes."""
+    theirs = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
+    probe = torch.arange(4.0)
+    return theirs is not None and torch.equal(theirs(probe), rotate_half(probe))

@@ -28,12 +28,13 @@ def split_heads(x: Tensor, head_dim: int, given: Tensor | None = None) -> Tensor
     """[B, S, H * D], [B, S, H, D] or [B, H, S, D] -> [B, H, S, D].
 
     The two 4-D forms occur at the output of a q_norm / k_norm, and S may equal H; `given`, the norm's input, tells
-    them apart: a transposed view has the larger stride on its third axis.
+    them apart: a transposed view has the larger stride on its third axis. With one head both strides are D.
     """
     if x.dim() == 3:
         return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    heads_first = given is not None and given.stride(1) < given.stride(2)
-    return x if heads_first else x.transpose(1, 2)
+    assert given is not None, "only a norm puts out four axes"
+    one_head = given.stride(1) == given.stride(2) and given.shape[1] == 1
+    return x if one_head or given.stride(1) < given.stride(2) else x.transpose(1, 2)
 
 
 def grouped_sizes(attention: nn.Module) -> tuple[int, int, int]:
@@ -52,7 +53,8 @@ def from_qkv_proj(attention: nn.Module, out: Tensor) -> Parts:
 def from_c_attn(attention: nn.Module, out: Tensor) -> Parts:
     """GPT-2: three equal blocks from one Conv1D."""
     parts = out.chunk(3, dim=-1)
-    return {name: split_heads(x, attention.head_dim) for name, x in zip(("queries", "keys", "values"), parts, strict=True)}
+    width = attention.head_dim
+    return {name: split_heads(x, width) for name, x in zip(("queries", "keys", "values"), parts, strict=True)}
 
 
 def from_neox(attention: nn.Module, out: Tensor) -> Parts:
@@ -67,7 +69,12 @@ FUSED: dict[str, tuple[str, Callable[[nn.Module, Tensor], Parts]]] = {
     "GPT2Attention": ("c_attn", from_c_attn),
     "GPTNeoXAttention": ("query_key_value", from_neox),
 }
-SEPARATE = {"queries": ("q_norm", "q_layernorm", "q_proj"), "keys": ("k_norm", "k_layernorm", "k_proj"), "values": ("v_norm", "v_proj")}
+SEPARATE = {
+    "queries": ("q_norm", "q_layernorm", "q_proj"),
+    "keys": ("k_norm", "k_layernorm", "k_proj"),
+    "values": ("v_norm", "v_proj"),
+}
+NORM_AFTER_ROPE = frozenset({"NanoChatAttention"})  # its norms put out rotated keys: take the projections
 TESTED = "Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma-2, Phi-3, GPT-2, GPT-NeoX"
 
 
@@ -86,8 +93,13 @@ class AttentionLayer:
         """part -> submodule; a norm after the projection is the later and therefore the right one."""
         if type(self.module).__name__ in FUSED:
             return {"all": getattr(self.module, FUSED[type(self.module).__name__][0])}
+        late = type(self.module).__name__ in NORM_AFTER_ROPE
         return {
-            part: next(getattr(self.module, n) for n in names if isinstance(getattr(self.module, n, None), nn.Module))
+            part: next(
+                getattr(self.module, n)
+                for n in (names[-1:] if late else names)
+                if isinstance(getattr(self.module, n, None), nn.Module)
+            )
             for part, names in SEPARATE.items()
         }
 
@@ -99,22 +111,22 @@ class AttentionLayer:
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The attention modules of a decoder, by layer. ValueError names a family that cannot be captured."""
-    found: dict[int, AttentionLayer] = {}
+    found: dict[int, list[AttentionLayer]] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         separate = all(isinstance(getattr(module, n, None), nn.Module) for n in ("q_proj", "k_proj", "v_proj"))
         known = type(module).__name__ in FUSED or (separate and hasattr(module, "head_dim"))
         if isinstance(index, int) and known and not getattr(module, "is_cross_attention", False):
-            found[index] = AttentionLayer(index, module)
+            found.setdefault(index, []).append(AttentionLayer(index, module))
     config = model.config.get_text_config()
-    missing = [i for i in range(config.num_hidden_layers) if i not in found]
+    missing = [i for i in range(config.num_hidden_layers) if len(found.get(i, ())) != 1]
     if missing:
         raise ValueError(
-            f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: no query, key and value "
-            f"projections were found in its layers {missing}. Tested families: {TESTED}; any other works if each "
+            f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: not one set of query, "
+            f"key and value projections was found in each of its layers {missing}. Tested families: {TESTED}; any other works if each "
             "attention module has q_proj, k_proj, v_proj, head_dim and layer_idx."
         )
-    return [found[i] for i in range(config.num_hidden_layers)]
+    return [found[i][0] for i in range(config.num_hidden_layers)]
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:
@@ -144,6 +156,8 @@ class KVCapture:
         every = attention_layers(model)
         self.num_layers = len(every)
         self.layers = tuple(range(len(every))) if layers is None else tuple(layers)
+        if not set(self.layers) <= set(range(len(every))):
+            raise ValueError(f"layers is {list(self.layers)}, but the model has layers 0 to {len(every) - 1}.")
         self.wanted = ("queries", "keys", "values") if queries else ("keys", "values")
         self.stop_early = False
         self._recorded: dict[int, Parts] | None = None
@@ -160,7 +174,7 @@ class KVCapture:
                 return
             parts = self._recorded.setdefault(layer.index, {})
             parts.update({k: v for k, v in layer.parts(name, args[0], out).items() if k in self.wanted})
-            done = layer.index == self.layers[-1] and len(parts) == len(self.wanted)
+            done = layer.index == max(self.layers) and len(parts) == len(self.wanted)
             if self.stop_early and done:
                 raise StopForward
 

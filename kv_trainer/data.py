@@ -62,13 +62,13 @@ def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
     """One split of a hub name, a folder, or a file, at most `limit` rows of it."""
     path = Path(config.path)
     if path.suffix in FILE_BUILDERS:
-        data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+        data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path))
     else:
         data = load_dataset(config.path, config.name)
-        assert isinstance(data, DatasetDict)
-        if split not in data:
-            raise ValueError(f"{config.path} has no split '{split}'; it has {', '.join(data)}.")
-        data = data[split]
+    assert isinstance(data, DatasetDict)
+    if split not in data:
+        raise ValueError(f"{config.path} has no split '{split}'; it has {', '.join(data)}.")
+    data = data[split]
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
@@ -80,7 +80,7 @@ def example_of(row: Mapping[str, Any], config: DataConfig) -> Example:
         except KeyError as error:
             raise ValueError(f"A data template names the column {error}, but the rows have {', '.join(row)}.") from None
         return Example([{"role": "user", "content": prompt}] if prompt else [], completion)
-    if "completion" in row:
+    if "prompt" in row and "completion" in row:
         return Example([{"role": "user", "content": row["prompt"]}], row["completion"])
     if "messages" in row:
         *turns, last = row["messages"]

@@ -210,11 +210,10 @@ def generate_texts(
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):
             ids, mask = _pad([prompts[i] for i in batch], _pad_id(tokenizer), "left", model.device)
             with torch.no_grad():
-                output = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-            for i, new in zip(batch, output, strict=True):
-                # A row that ends early is filled up with padding, which need not be a special token.
-                end = new.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in new else len(new)
-                texts[i] = tokenizer.decode(new[:end], skip_special_tokens=True)
+                output = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
+            # The padding behind an answer that ends early is special too.
+            for i, new in zip(batch, output.tolist(), strict=True):
+                texts[i] = tokenizer.decode(new, skip_special_tokens=True)
             bar.update(len(batch))
     return texts
 
@@ -261,9 +260,7 @@ def _batches(lengths: list[int], batch_size: int, max_tokens: int | None = None)
         yield batch
 
 
-def _pad(
-    rows: Iterable[list[int]], value: int, side: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: Iterable[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids as one [B, T] long tensor filled up with `value`, and its mask (1 = real)."""
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

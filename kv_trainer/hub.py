@@ -86,10 +86,10 @@ def _introduction(recipe: Recipe) -> str:
         origin = _model(student, recipe)
     else:
         origin = f"random weights in the shape of `{_shown(student.config, recipe)}`"
-    return (
-        f"A student distilled with `kv_trainer` from {len(recipe.teachers)} teacher(s) through their attention keys "
-        f"and values. It started from {origin}."
-    )
+    count = len(recipe.teachers)
+    teachers = f"{count} teacher{'s' if count > 1 else ''} through the keys and values of attention"
+    how = f"distilled with `kv_trainer` from {teachers}" if count else "trained with `kv_trainer` without any teacher"
+    return f"A student {how}. It started from {origin}."
 
 
 def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
@@ -100,14 +100,18 @@ def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
         rows.append([name, model, *_shape_cells(shapes.get(name))])
     losses = [["loss", "weight", "schedule"]]
     losses += [[f"`{name}`", f"{loss.weight:g}", loss.schedule] for name, loss in recipe.args.losses.items()]
-    align, fusion = recipe.args.alignment, recipe.args.fusion
-    how = (
-        f"Tokens are aligned by `{align.tokens.method}`, layers by `{align.layers.method}`; teachers are fused by "
-        f"`{fusion.method}`."
-    )
-    control = recipe.args.control.shuffle
-    warning = f"\n\n**This is a control run**: teacher states are shuffled by `{control}`." if control else ""
-    return f"{_table(rows)}\n\n{how}{warning}\n\n{_table(losses)}"
+    return "\n\n".join([_table(rows), *(_bridging(recipe) if recipe.teachers else ()), _table(losses)])
+
+
+def _bridging(recipe: Recipe) -> list[str]:
+    """How the teachers' states come to the student's: a paragraph or two."""
+    args = recipe.args
+    how = f"Tokens are aligned by `{args.alignment.tokens.method}`, layers by `{args.alignment.layers.method}`"
+    how += f"; teachers are fused by `{args.fusion.method}`."
+    if any("projectors" in loss.requires for loss in args.losses.values()):
+        how += f" Heads are mapped by a `{args.projector.method}` projector, `{args.projector.direction}`."
+    shuffled = f"**This is a control run**: teacher states are shuffled by `{args.control.shuffle}`."
+    return [how, shuffled] if args.control.shuffle else [how]
 
 
 def _shape_cells(shape: KVShape | None) -> list[str]:
@@ -156,9 +160,8 @@ def _reproduction(recipe: Recipe) -> str:
     args = recipe.args
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    file = Path(recipe.path).name or "recipe.yaml"
     return (
-        f"```bash\nkv-trainer train {file}\n```\n\n"
+        "```bash\nkv-trainer train recipe.yaml\n```\n\n"
         f"{length}, {batch} rows a step and device, learning rate {args.learning_rate:g}, seed {args.seed}."
     )
 

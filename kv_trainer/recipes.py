@@ -36,6 +36,7 @@ TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "loggi
 # Sections that MultiTeacherKVConfig holds beside the fields of TrainingArguments.
 NESTED = ("alignment", "projector", "fusion", "losses", "data", "evaluation", "control")
 SECTIONS = ("student", "teachers", *NESTED, "training")
+COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 5e-5 as text
 
@@ -70,7 +71,7 @@ class Node:
 
 
 def parse(text: str, where: Callable[[int], str], folder: Path) -> Node:
-    """YAML text as a Node tree; `where` says how to call a line (from 1). RecipeError for anything unsafe or doubled."""
+    """YAML text as a Node tree; `where` names a line (from 1). RecipeError for what is unsafe, doubled or empty."""
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
@@ -88,6 +89,8 @@ def parse(text: str, where: Callable[[int], str], folder: Path) -> Node:
 def _convert(
     loader: yaml.SafeLoader, node: yaml.Node, path: str, line: int, where: Callable[[int], str], folder: Path
 ) -> Node:
+    if isinstance(node, yaml.CollectionNode) and node.tag not in COLLECTIONS:
+        raise RecipeError(f"{path or 'The recipe'} {where(line)} has the YAML tag {node.tag}; leave it out.")
     if isinstance(node, yaml.MappingNode):
         value: Any = _convert_mapping(loader, node, path, where, folder)
     elif isinstance(node, yaml.SequenceNode):
@@ -107,6 +110,8 @@ def _convert_mapping(
 ) -> dict[str, Node]:
     seen: dict[str, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
         if not isinstance(key, str):
             raise RecipeError(f"The key {key!r} {where(line)} is not text ({type(key).__name__}); put it in quotes.")
@@ -115,6 +120,7 @@ def _convert_mapping(
             raise RecipeError(f"The key '{join(path, key)}' {where(line)} is there twice{first}; keep one.")
         seen[key] = line
     loader.flatten_mapping(node)  # resolves `<<: *anchor`; own keys come last and win
+    node.value = list({key_node.value: (key_node, child) for key_node, child in node.value}.values())
     children = {}
     for key_node, child in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
@@ -133,7 +139,8 @@ def read_file(path: Path, shown: str, chain: tuple[Path, ...] = ()) -> Node:
         raise RecipeError(f"The recipe {shown} is not UTF-8 text: {error}.") from error
     tree = parse(text, lambda line: f"in {shown}, line {line}", path.parent)
     if not isinstance(tree.value, dict):
-        raise RecipeError(f"The recipe {shown} is a {type(tree.value).__name__}; give a mapping: student, teachers, ...")
+        kind = type(tree.value).__name__
+        raise RecipeError(f"The recipe {shown} is a {kind}; give a mapping with student, data, ... in it.")
     chain = (*chain, path.resolve())
     extends = tree.value.pop("extends", None)
     if extends is None:
@@ -245,7 +252,7 @@ def fit(value: Any, hint: Any) -> Any:
 
 def describe(hint: Any) -> str:
     """A hint in words: "a float or null", "one of 'a', 'b'"."""
-    options = sorted(members(hint), key=lambda h: h is types.NoneType)
+    options = sorted(members(hint), key=lambda h: (h is types.NoneType, bool(choices(h))))
     if len(options) > 1:
         return " or ".join(describe(option) for option in options)
     hint = options[0]
@@ -328,8 +335,8 @@ def is_path(cls: type, key: str) -> bool:
 def blame(error: object, node: Node, path: str) -> RecipeError:
     """A complaint of a dataclass as a RecipeError, at the line of the first given key that it mentions."""
     message = one_line(error)
-    found = {key: re.search(rf"(?<!\w){re.escape(key)}(?!\w)", message) for key in node.value}
-    keys = sorted((key for key, match in found.items() if match), key=lambda key: found[key].start())  # type: ignore[union-attr]
+    places = {key: re.search(rf"(?<!\w){re.escape(key)}(?!\w)", message) for key in node.value}
+    keys = [key for _, key in sorted((match.start(), key) for key, match in places.items() if match)]
     return RecipeError(f"{path} {node.at(*keys[:1])}: {message}.")
 
 
@@ -361,8 +368,8 @@ def build_losses(node: Node | None) -> dict[str, DistillationLoss]:
         if child.value is not None:
             losses[name] = build(LOSSES[name], child, f"losses.{name}")
     if "cross_entropy" not in losses:
-        where = node.at("cross_entropy")
-        raise RecipeError(f"losses {where} lacks cross_entropy; add 'cross_entropy: {{weight: 0}}' if it must not count.")
+        add = "'cross_entropy: {weight: 0}' if it must not count"
+        raise RecipeError(f"losses {node.at('cross_entropy')} lacks cross_entropy; add {add}.")
     return losses
 
 
@@ -429,36 +436,53 @@ def check_student(student: StudentConfig, tree: Node) -> None:
         raise RecipeError(f"student {where} has 'config' but no 'tokenizer'; give a hub name or a folder.")
 
 
-def check(recipe: Recipe, tree: Node) -> None:
-    """What no section can see alone. RecipeError for the impossible, a warning for what has no effect."""
-    check_student(recipe.student, tree)
-    teachers, args = recipe.teachers, recipe.args
-    for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in teachers.items()}}.items():
-        if model.dtype not in DTYPES:
-            hint = suggest(model.dtype, DTYPES)
-            where = tree.at(*path.split("."), "dtype")
-            raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")
-    if not args.data.path:
-        raise RecipeError(f"data {tree.at('data')} has no 'path'; give a hub name, a folder or a file.")
-    users = [name for name, loss in args.losses.items() if "teacher_kv" in loss.requires]
-    if users and not teachers:
+def check_losses(recipe: Recipe, tree: Node) -> None:
+    """Losses that need a teacher, and teachers that need a loss."""
+    users = [name for name, loss in recipe.args.losses.items() if "teacher_kv" in loss.requires]
+    if users and not recipe.teachers:
         raise RecipeError(f"losses.{users[0]} {tree.at('losses', users[0])} needs a teacher; add one under teachers.")
-    if teachers and not users:
-        name = next(iter(teachers))
-        usable = ", ".join(name for name, loss in LOSSES.items() if "teacher_kv" in loss.requires)
-        raise RecipeError(
-            f"teachers.{name} {tree.at('teachers', name)} would be ignored: no loss needs a teacher; add one of {usable}."
-        )
+    if recipe.teachers and not users:
+        name = next(iter(recipe.teachers))
+        usable = ", ".join(loss for loss in LOSSES if "teacher_kv" in LOSSES[loss].requires)
+        where = tree.at("teachers", name)
+        raise RecipeError(f"teachers.{name} {where} would be ignored: no loss needs a teacher; add one of {usable}.")
+
+
+def check_layers(recipe: Recipe, tree: Node) -> None:
+    """An explicit layer map names every teacher, and a map is there only for `explicit`."""
+    layers, where = recipe.args.alignment.layers, tree.at("alignment", "layers", "map")
+    if (layers.method == "explicit") != (layers.map is not None):
+        raise RecipeError(f"alignment.layers {where} needs both 'method: explicit' and 'map', or neither of them.")
+    if layers.map is not None and set(layers.map) != set(recipe.teachers):
+        names, teachers = ", ".join(layers.map), ", ".join(recipe.teachers)
+        raise RecipeError(f"alignment.layers.map {where} is for {names or 'nobody'}; the teachers are {teachers}.")
+
+
+def check_evaluation(recipe: Recipe, tree: Node) -> None:
+    args, where = recipe.args, tree.at("evaluation", "answer_pattern")
     if args.eval_strategy != "no" and args.data.eval_split is None:
-        where = tree.at("training", "eval_strategy")
-        raise RecipeError(f"training.eval_strategy {where} needs data to evaluate on; give data.eval_split.")
+        asked = tree.at("training", "eval_strategy")
+        raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
     try:
         groups = re.compile(args.evaluation.answer_pattern).groups
     except re.error as error:
-        groups = f"no regular expression ({error})"
-    if not groups or isinstance(groups, str):
-        where = tree.at("evaluation", "answer_pattern")
-        raise RecipeError(f"evaluation.answer_pattern {where} has {groups or 'no group'}; give one such as '####\\s*(.+)'.")
+        raise RecipeError(f"evaluation.answer_pattern {where} is no regular expression: {error}.") from error
+    if not groups:
+        raise RecipeError(f"evaluation.answer_pattern {where} has no group; put the answer in one: '#### (.+)'.")
+
+
+def check(recipe: Recipe, tree: Node) -> None:
+    """What no section can see alone. RecipeError for the impossible, a warning for what has no effect."""
+    check_student(recipe.student, tree)
+    for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+        if model.dtype not in DTYPES:
+            hint, where = suggest(model.dtype, DTYPES), tree.at(*path.split("."), "dtype")
+            raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")
+    if not recipe.args.data.path:
+        raise RecipeError(f"data {tree.at('data')} has no 'path'; give a hub name, a folder or a file.")
+    check_losses(recipe, tree)
+    check_layers(recipe, tree)
+    check_evaluation(recipe, tree)
     for message in ignored(recipe):
         warnings.warn(message, stacklevel=3)
 
@@ -536,21 +560,20 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
 def changed_training(args: TrainingArguments) -> dict[str, Any]:
     """The fields of TrainingArguments that differ from its defaults, as plain YAML values."""
     names = {field.name for field in fields(TrainingArguments)}
-    # TrainingArguments fills these in itself; written out they would say nothing, or warn as deprecated.
-    filled = {"activation_checkpointing": False, "accelerator_config": None}
+    # What TrainingArguments fills in itself is put back as it was given: written out it would only be noise.
+    filled: dict[str, Any] = {"debug": " ".join(option.value for option in args.debug)}
+    if args.accelerator_config == type(args.accelerator_config)():
+        filled["accelerator_config"] = None
+    if getattr(args, "activation_checkpointing", None) is False:
+        filled["activation_checkpointing"] = None
     changed = {}
     for field in fields(TrainingArguments):
         mirror = field.name.startswith("gradient_checkpointing") and "activation_checkpointing" in names
         if not field.init or field.name.endswith("token") or mirror:
             continue
-        value = plain(getattr(args, field.name))
-        if field.name == "accelerator_config" and value == plain(type(args.accelerator_config)()):
-            value = None
-        if field.name == "debug":
-            value = " ".join(value)
+        value = plain(filled.get(field.name, getattr(args, field.name)))
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        same = value == plain(default) or (field.name in filled and value == filled[field.name])
-        if not same or field.name in TRAINING_DEFAULTS or field.name == "output_dir":
+        if value != plain(default) or field.name in TRAINING_DEFAULTS or field.name == "output_dir":
             changed[field.name] = value
     return changed
 

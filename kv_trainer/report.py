@@ -205,9 +205,9 @@ def _legend(axes: Axes, handles: list[Any]) -> None:
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was logged and finite."""
-    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    return [step for step, _ in points], [value for _, value in points]
+    """Steps and values of one metric, where it was logged and finite; of two at one step, the later."""
+    points = {row["step"]: row[name] for row in rows if isinstance(row.get(name), int | float)}
+    return list(points), list(points.values())
 
 
 def _smooth(points: list[float]) -> list[float]:

@@ -57,6 +57,8 @@ class MultiTeacherKVTrainer(Trainer):
     ) -> None:
         args = args or MultiTeacherKVConfig()
         args.remove_unused_columns = False
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
         student, processing_class, chat = resolve_student(model, processing_class)
         reader = Reader(processing_class, chat)
         self.teachers = {name: resolve_teacher(name, t, processing_class) for name, t in (teachers or {}).items()}
@@ -80,7 +82,9 @@ class MultiTeacherKVTrainer(Trainer):
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self._samples_in_step: Tensor | float = 1.0
         self._terms: dict[str, Tensor] = {}
-        self._term_steps = 0
+        self._steps_since_log = 0
+        # Trainer switches it off in its own __init__, and would save it so.
+        self._use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         super().__init__(
             model=student,
             args=args,
@@ -93,7 +97,8 @@ class MultiTeacherKVTrainer(Trainer):
         )
         # Our losses are sums over the micro-batch divided by counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
-        self._use_cache = getattr(self.model.config, "use_cache", None)
+        # The tokens are counted for our losses, whether or not the student's own forward would take the count.
+        self.model_accepts_loss_kwargs = True
         if ProgressCallback in {type(c) for c in self.callback_handler.callbacks}:
             self.remove_callback(ProgressCallback)
             self.add_callback(LossTermsProgress)
@@ -110,6 +115,7 @@ class MultiTeacherKVTrainer(Trainer):
         if self.args.world_size > 1:
             samples = self.accelerator.gather(samples).sum()
         self._samples_in_step = samples
+        self._steps_since_log += 1
         return batches, num_items
 
     def compute_loss(
@@ -127,6 +133,8 @@ class MultiTeacherKVTrainer(Trainer):
         supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
         with self.bridge.supervise(supervision):
             outputs = model(**text, use_cache=False)
+        if not self._terms:  # a first, or first resumed, step since the last log
+            self._term_steps = self.state.global_step
         for name, term in self.bridge.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
@@ -135,13 +143,12 @@ class MultiTeacherKVTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
-        steps = self.state.global_step - self._term_steps
-        if "loss" in logs and self._terms and steps > 0:
+        if "loss" in logs and self._terms:
             progress = self.state.global_step / max(1, self.state.max_steps)
             for name, term in self._terms.items():
-                logs[f"loss_{name}"] = float(self.accelerator.reduce(term, "sum")) / steps
+                logs[f"loss_{name}"] = float(self.accelerator.reduce(term, "sum")) / self._steps_since_log
                 logs[f"weight_{name}"] = self.bridge.losses[name].weight_at(progress)
-            self._terms, self._term_steps = {}, self.state.global_step
+            self._terms, self._steps_since_log = {}, 0
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -186,7 +193,6 @@ class MultiTeacherKVTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             if self._use_cache is not None:
-                # Trainer switches it off for training, and would save it so.
                 self.model.config.use_cache = self._use_cache
 
     def calibrate(self, samples: int = 64) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,19 +96,30 @@ class TeacherProjectors(nn.Module):
 
     direction "student_to_teacher": maps student states to the teacher's shape, where `standardise` makes the
     teacher's states the fixed target; "teacher_to_student": maps teacher states to the student's shape.
+    method "none" has no trainable map: for a student whose heads are the teacher's, such as a pruned one.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, student: KVShape, teacher: KVShape, direction: Direction, **projector: object) -> None:
+    def __init__(
+        self, student: KVShape, teacher: KVShape, direction: Direction, method: str = "linear", **knobs: Any
+    ) -> None:
         super().__init__()
         self.direction = direction
         ours, theirs = (student.num_kv_heads, student.head_dim), (teacher.num_kv_heads, teacher.head_dim)
         inputs, outputs = (ours, theirs) if direction == "student_to_teacher" else (theirs, ours)
-        layers = range(student.num_layers)
-        self.keys = nn.ModuleList(KVProjector(inputs, outputs, **projector) for _ in layers)
-        self.values = nn.ModuleList(KVProjector(inputs, outputs, **projector) for _ in layers)
+        if method == "none" and ours != theirs:
+            raise ValueError(
+                f"projector.method is 'none', but the student has {ours[0]} KV heads of width {ours[1]} and the teacher "
+                f"{theirs[0]} of width {theirs[1]}; use 'linear'."
+            )
+
+        def projector() -> nn.Module:
+            return nn.Identity() if method == "none" else KVProjector(inputs, outputs, method=method, **knobs)
+
+        self.keys = nn.ModuleList(projector() for _ in range(student.num_layers))
+        self.values = nn.ModuleList(projector() for _ in range(student.num_layers))
         # Per-channel statistics of the teacher's keys and values, from calibration: [2, L, H, 1, D].
         shape = (2, student.num_layers, theirs[0], 1, theirs[1])
         self.register_buffer("mean", torch.zeros(shape))
@@ -119,12 +130,11 @@ class TeacherProjectors(nn.Module):
         values = tuple(p(v) for p, v in zip(self.values, states.values, strict=True))
         return KVStates(keys, values, states.mask, states.layers, states.num_layers)
 
-    @torch.no_grad()
-    def standardise(self, teacher: KVStates) -> KVStates:
-        """The teacher's states with the calibrated mean taken off and divided by the calibrated deviation."""
-        keys = tuple((k - m) / s for k, m, s in zip(teacher.keys, self.mean[0], self.scale[0], strict=True))
-        values = tuple((v - m) / s for v, m, s in zip(teacher.values, self.mean[1], self.scale[1], strict=True))
-        return KVStates(keys, values, teacher.mask, teacher.layers, teacher.num_layers)
+    def standardise(self, states: KVStates) -> KVStates:
+        """States of the teacher's shape less its calibrated mean, over its calibrated deviation, by channel."""
+        keys = tuple((k - m) / s for k, m, s in zip(states.keys, self.mean[0], self.scale[0], strict=True))
+        values = tuple((v - m) / s for v, m, s in zip(states.values, self.mean[1], self.scale[1], strict=True))
+        return KVStates(keys, values, states.mask, states.layers, states.num_layers)
 
     @torch.no_grad()
     def calibrate(self, batches: list[KVStates]) -> None:

@@ -77,6 +77,12 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return (x * mask).sum(dim) / mask.sum(dim).clamp_min(1)
 
 
+def heard(inputs: LossInputs) -> Tensor:
+    """[M, B, T] bool, where each teacher counts. One with next to no share has no say in which positions do."""
+    assert inputs.weights is not None
+    return torch.stack([t.mask for t in inputs.teachers.values()]) & (inputs.weights > 1e-6)[:, :, None]
+
+
 def stacked(states: KVStates, parts: tuple[str, ...]) -> Tensor:
     """Keys and/or values of all layers as one [N, B, T, H * D] tensor, N = parts x layers."""
     tensors = [t for part in parts for t in getattr(states, part)]

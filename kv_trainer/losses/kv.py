@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import KVStates
-from .base import DistillationLoss, LossInputs, masked_mean
+from .base import DistillationLoss, LossInputs, heard, masked_mean
 
 Metric = Literal["mse", "smooth_l1", "l1", "cosine"]
 
@@ -24,11 +24,15 @@ def distance(x: Tensor, y: Tensor, metric: Metric) -> Tensor:
 
 
 def spread(x: Tensor, mask: Tensor) -> Tensor:
-    """Standard deviation about the mean position of one sample: x [B, H, T, D], mask [B, T] -> [B, 1, 1, 1]."""
+    """Standard deviation about the mean position of one sample: x [B, H, T, D], mask [B, T] -> [B, 1, 1, 1].
+
+    One position, or equal ones, have no spread but rounding: there it is the root mean square.
+    """
     where = mask[:, None, :, None]
     centre = masked_mean(x, where, (2,)).unsqueeze(2)
     variance = masked_mean((x - centre).square(), where, (1, 2, 3))
-    return variance.clamp_min(1e-12).sqrt()[:, None, None, None]
+    size = masked_mean(x.square(), where, (1, 2, 3))
+    return torch.where(variance > 1e-6 * size, variance, size).clamp_min(1e-12).sqrt()[:, None, None, None]
 
 
 @dataclass
@@ -36,7 +40,8 @@ class KVLoss(DistillationLoss):
     """Distance between the student's keys and values and the teachers', head by head.
 
     The projectors decide the direction. `student_to_teacher`: the student's states are mapped to each teacher's
-    shape and compared with its fixed, standardised states; teachers are averaged with their fusion weights.
+    shape and compared with its fixed states, both standardised by the teacher's calibrated channel statistics;
+    teachers are averaged with their fusion weights.
     `teacher_to_student`: each teacher's states are mapped to the student's shape and fused into one target. That
     target is trainable, so the projector can solve the loss alone (target collapse); prefer the first.
 
@@ -61,13 +66,15 @@ class KVLoss(DistillationLoss):
     def _to_teachers(self, inputs: LossInputs) -> Tensor:
         total = torch.zeros((), device=inputs.labels.device)
         for weight, (name, teacher) in zip(inputs.weights, inputs.teachers.items(), strict=True):
-            projected = inputs.projectors[name](inputs.student)
-            target = inputs.projectors[name].standardise(teacher)
+            # Both sides in the calibrated units of the teacher's channels: a few loud channels must not be all.
+            projected = inputs.projectors[name].standardise(inputs.projectors[name](inputs.student))
+            with torch.no_grad():
+                target = inputs.projectors[name].standardise(teacher)
             total = total + weight * self._compare(projected, target, teacher.mask)
         return total
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
-        masks = torch.stack([teacher.mask for teacher in inputs.teachers.values()])
+        masks = heard(inputs)
         share = inputs.weights[:, :, None] * masks
         share = (share / share.sum(0).clamp_min(1e-12))[:, :, None, :, None]  # [M, B, 1, T, 1]
         mapped = [inputs.projectors[name](teacher) for name, teacher in inputs.teachers.items()]

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, LossInputs, masked_mean, stacked
+from .base import DistillationLoss, LossInputs, heard, masked_mean, stacked
 
 
 def gram(x: Tensor, mask: Tensor) -> Tensor:
     """Cosines between the centred positions of each sample.
 
-    x [N, B, T, C], mask [B, T]; returns [N, B, T, T], zero in the rows and columns that the mask leaves out.
+    x [N, B, T, C], mask [B, T]; returns [N, B, T, T], zero in the rows and columns that the mask leaves out, and in
+    those of positions that differ from the mean by rounding alone: they have no direction.
     """
     where = mask[None, :, :, None]
     centred = (x.float() - masked_mean(x.float(), where, 2).unsqueeze(2)) * where
-    unit = F.normalize(centred, dim=-1, eps=1e-6)
+    norm = centred.norm(dim=-1, keepdim=True)
+    unit = torch.where(norm > 1e-5 * x.float().norm(dim=-1, keepdim=True), centred / norm.clamp_min(1e-12), 0)
     return unit @ unit.transpose(-1, -2)
 
 
@@ -64,7 +65,7 @@ class KVRelationLoss(DistillationLoss):
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
-        masks = torch.stack([teacher.mask for teacher in inputs.teachers.values()])
+        masks = heard(inputs)
         student = stacked(inputs.student, parts)
         teachers = [stacked(teacher, parts) for teacher in inputs.teachers.values()]
         if student.shape[2] > self.max_positions:
@@ -73,7 +74,9 @@ class KVRelationLoss(DistillationLoss):
             student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
         target, pairs = self._fuse(teachers, masks, inputs.weights)
         difference = (gram(student, masks.any(0)) - target).square()
-        per_sample = (difference * pairs).sum((2, 3)) / (target.square() * pairs).sum((2, 3)).clamp_min(1e-6)
+        energy = (target.square() * pairs).sum((2, 3))
+        # Without any relation in the target (one position, or equal ones) the sample teaches nothing.
+        per_sample = (difference * pairs).sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
         return per_sample.mean(0).sum() / inputs.num_samples
 
     @staticmethod

