@@ -99,8 +99,10 @@ def main() -> None:
             taken[name].append(seconds(step, options.steps))
     ratios = [o / (p + b) for o, p, b in zip(*taken.values(), strict=True)]
     for name, values in taken.items():
-        print(f"{name:10s} {statistics.median(values) * 1000:7.1f} ms a step  ({min(values) * 1000:.1f} to {max(values) * 1000:.1f})")
-    print(f"step over floor: {statistics.median(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} repeats)")
+        low, mid, high = (1000 * f(values) for f in (min, statistics.median, max))
+        print(f"{name:10s} {mid:7.1f} ms a step  ({low:.1f} to {high:.1f})")
+    low, mid, high = (f(ratios) for f in (min, statistics.median, max))
+    print(f"step over floor: {mid:.3f}  ({low:.3f} to {high:.3f}, {len(ratios)} repeats)")
     if options.json:
         options.json.write_text(json.dumps({"ratios": ratios, "seconds": taken}, indent=2) + "\n")
 

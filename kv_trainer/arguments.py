@@ -17,7 +17,7 @@ class ModelConfig:
     model: str | None = field(default=None, metadata={"help": "Hub name or folder of a pretrained checkpoint."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the hub repository."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's own."})
-    dtype: str = field(default="float32", metadata={"help": "Weights are loaded as float32, bfloat16, float16 or auto."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     chat: bool = field(default=False, metadata={"help": "Render rows through the tokenizer's chat template."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
@@ -27,7 +27,7 @@ class ModelConfig:
 class StudentConfig(ModelConfig):
     """The model that learns: pretrained (`model`), pruned (`model` + `keep_layers`) or random (`config`)."""
 
-    config: str | None = field(default=None, metadata={"help": "Folder or name of a config: start from random weights."})
+    config: str | None = field(default=None, metadata={"help": "Folder or name of a config; random weights."})
     keep_layers: list[int] | None = field(default=None, metadata={"help": "Keep just these layers of `model`."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Freeze every parameter whose name contains one of these."}

@@ -20,7 +20,7 @@ from .alignment.layers import LayerMap, layer_map
 from .alignment.tokens import take
 from .arguments import MultiTeacherKVConfig
 from .capture import KVCapture, require_gradient
-from .fusion import teacher_weights
+from .fusion import check_fusion, teacher_weights
 from .losses import DistillationLoss, LossInputs
 from .types import KVShape, KVStates, TeacherSignal
 
@@ -54,6 +54,10 @@ class KVBridge(nn.Module):
         self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.weight > 0}
         self.requires = frozenset().union(*(loss.requires for loss in self.losses.values()))
         self.fusion, self.control, self.given = args.fusion, args.control, list(given) or [1.0] * len(teachers)
+        check_fusion(self.fusion, self.given)
+        lonely = [name for name, loss in self.losses.items() if "teacher_kv" in loss.requires and not teachers]
+        if lonely:
+            raise ValueError(f"losses.{lonely[0]} needs a teacher, but there is none; give teachers, or leave it out.")
         explicit = args.alignment.layers.map or {}
         self.layer_maps: dict[str, LayerMap] = {
             name: layer_map(args.alignment.layers.method, student.num_layers, shape.num_layers, explicit.get(name))

@@ -13,7 +13,7 @@ from .alignment.rope import rotate_half, unrotate
 from .types import KVStates
 
 # model_type -> why its cached keys are not half-rotated K; most such families are seen by their code instead.
-PAIRED = "rotates pairs of channels, not halves"
+PAIRED = "does not rotate half against half"
 UNREADABLE = {
     "gptj": PAIRED,
     "codegen": PAIRED,
@@ -22,7 +22,9 @@ UNREADABLE = {
 }
 
 
-def states_from_cache(model: PreTrainedModel, cache: Cache, mask: Tensor, position_ids: Tensor | None = None) -> KVStates:
+def states_from_cache(
+    model: PreTrainedModel, cache: Cache, mask: Tensor, position_ids: Tensor | None = None
+) -> KVStates:
     """KVStates of a filled cache: keys un-rotated with the model's own rotary module.
 
     model: gives the rotary module and the config; its attention weights are not used.
@@ -63,7 +65,8 @@ def rotary_module(model: nn.Module) -> nn.Module | None:
     elif rotary is not None and not rotates_halves(rotary):
         why = PAIRED
     if why:
-        raise ValueError(f"A cache of model_type '{config.model_type}' cannot be read: it {why}. Use capture_kv instead.")
+        name = config.model_type
+        raise ValueError(f"A cache of model_type '{name}' cannot be read: the model {why}. Try capture_kv instead.")
     return rotary
 
 

@@ -22,7 +22,7 @@ SHORT_NAMES = {"cross_entropy": "ce", "learning_rate": "lr"}
 UNSHOWN = ("total_flos", "epoch", "_runtime", "_per_second")
 
 
-def format_metric(name: str, value: float) -> str:
+def format_metric(name: str, value: Any) -> str:
     """`accuracy_chain 45.2%`, `lr 1e-3`, `kv_relation 0.421`."""
     label = SHORT_NAMES.get(name, name)
     if name.startswith("accuracy"):
@@ -90,7 +90,7 @@ class MetricsFile(TrainerCallback):
         """Open the file: empty on a fresh start, cut back to the checkpoint on a resumed one."""
         if not state.is_world_process_zero:
             return
-        self.path = Path(args.output_dir) / METRICS_FILE
+        self.path = Path(args.output_dir or ".") / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         resumed = state.global_step > 0 and self.path.exists()
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step] if resumed else []
@@ -111,7 +111,8 @@ class MetricsFile(TrainerCallback):
         if self.path is None or not state.is_world_process_zero or not logs:
             return
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, Real)}
-        row = {"step": state.global_step, "epoch": state.epoch, "time": round(time.monotonic() - self.start, 3)}
+        elapsed = round(time.monotonic() - self.start, 3)
+        row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch, "time": elapsed}
         # Strict readers of JSON know no NaN.
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:

@@ -75,7 +75,10 @@ SEPARATE = {
     "values": ("v_norm", "v_proj"),
 }
 NORM_AFTER_ROPE = frozenset({"NanoChatAttention"})  # its norms put out rotated keys: take the projections
-TESTED = "Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma-2, Phi-3, GPT-2, GPT-NeoX"
+TESTED = (
+    "Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral, Gemma, Gemma-2, Gemma-3, Phi-3, GPT-2, GPT-NeoX, OLMo-2, Cohere, "
+    "StarCoder2, Granite, StableLM"
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,9 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     missing = [i for i in range(config.num_hidden_layers) if len(found.get(i, ())) != 1]
     if missing:
         raise ValueError(
-            f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: not one set of query, "
-            f"key and value projections was found in each of its layers {missing}. Tested families: {TESTED}; any other works if each "
-            "attention module has q_proj, k_proj, v_proj, head_dim and layer_idx."
+            f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: layers {missing} do not "
+            f"hold one set of query, key and value projections each. Tested families: {TESTED}; any other works if "
+            "each attention module has q_proj, k_proj, v_proj, head_dim and layer_idx."
         )
     return [found[i][0] for i in range(config.num_hidden_layers)]
 

@@ -32,7 +32,7 @@ class Reader:
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
         if not self.tokenizer.is_fast:
-            raise ValueError(f"The tokenizer {name} is a slow one and gives no character offsets; a fast one is needed.")
+            raise ValueError(f"The tokenizer {name} is a slow one, without character offsets; a fast one is needed.")
         if self.chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
 
@@ -59,7 +59,7 @@ class Encoded:
 
 
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
-    """One split of a hub name, a folder, or a file, at most `limit` rows of it."""
+    """One split of a hub name, a folder, or a file (which is all 'train'), at most `limit` rows of it."""
     path = Path(config.path)
     if path.suffix in FILE_BUILDERS:
         data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path))
@@ -74,9 +74,11 @@ def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
 
 def example_of(row: Mapping[str, Any], config: DataConfig) -> Example:
     """Any of the row forms as an Example. ValueError names the columns a row lacks."""
-    if config.prompt is not None or config.response is not None:
+    if config.prompt is not None and config.response is None:
+        raise ValueError("data.prompt is a template, but data.response is not given; say which column is learned.")
+    if config.response is not None:
         try:
-            prompt, completion = (config.prompt or "").format(**row), (config.response or "").format(**row)
+            prompt, completion = (config.prompt or "").format(**row), config.response.format(**row)
         except KeyError as error:
             raise ValueError(f"A data template names the column {error}, but the rows have {', '.join(row)}.") from None
         return Example([{"role": "user", "content": prompt}] if prompt else [], completion)
@@ -149,15 +151,20 @@ def encode(example: Example, reader: Reader, max_length: int, train_on_prompt: b
     # Where the completion starts in this model's text. A template's closing marks after it are learned too.
     begin = 0 if train_on_prompt else places[-1].start
     tokenizer = reader.tokenizer
-    out = tokenizer(text, add_special_tokens=not reader.chat, return_offsets_mapping=True, return_special_tokens_mask=True)
+    marks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    out = tokenizer(text, add_special_tokens=not reader.chat, **marks)
     ids, spans, labels = list(out["input_ids"]), [], []
     for token, (start, end), special in zip(ids, out["offset_mapping"], out["special_tokens_mask"], strict=True):
         if special and not reader.chat:
-            spans.append(BOS if token == tokenizer.bos_token_id else None)
-            labels.append(IGNORED)
+            # An end token that the tokenizer puts there by itself is learned like the one added below.
+            last = bool(spans) and token == tokenizer.eos_token_id
+            spans.append(EOS if last else BOS if token == tokenizer.bos_token_id else None)
+            labels.append(token if last else IGNORED)
             continue
         spans.append(locate(start, end, places))
-        labels.append(token if start >= begin and end > begin else IGNORED)
+        # A token across the border is learned: it is what must follow the tokens before it, and else it would give
+        # the answer's first characters away in `prompt_ids`.
+        labels.append(token if end > begin else IGNORED)
     eos = tokenizer.eos_token_id
     if eos is not None and not reader.chat and (not ids or ids[-1] != eos):
         ids.append(eos)
@@ -208,7 +215,8 @@ def encode_rows(
     encoded = rows.map(encode_row, remove_columns=rows.column_names, desc="Encoding rows")
     supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels")
     if len(supervised) < len(encoded):
-        logger.warning("%d of %d rows have no supervised token and are left out.", len(encoded) - len(supervised), len(encoded))
+        without = len(encoded) - len(supervised)
+        logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))
     if not len(supervised):
         raise ValueError("No row has a supervised token: completions are empty, or data.max_length cuts them all off.")
     return supervised

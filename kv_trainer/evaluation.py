@@ -210,10 +210,11 @@ def generate_texts(
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):
             ids, mask = _pad([prompts[i] for i in batch], _pad_id(tokenizer), "left", model.device)
             with torch.no_grad():
-                output = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
+                output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
             # The padding behind an answer that ends early is special too.
-            for i, new in zip(batch, output.tolist(), strict=True):
-                texts[i] = tokenizer.decode(new, skip_special_tokens=True)
+            new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(batch, new, strict=True):
+                texts[i] = text
             bar.update(len(batch))
     return texts
 
@@ -223,7 +224,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
     """Plain greedy decoding with a cache, whatever the checkpoint's own generation config asks for."""
     # generate() fills what it is not given from the model's config (and warns of its temperature): swap it out.
     # Under PEFT the config that counts is the wrapped model's.
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner: Any = getattr(model, "get_base_model", lambda: model)()
     former = owner.generation_config
     owner.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,

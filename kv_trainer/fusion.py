@@ -10,6 +10,14 @@ from torch import Tensor
 from .arguments import FusionConfig
 
 
+def check_fusion(config: FusionConfig, given: Sequence[float]) -> None:
+    """ValueError for settings that give no shares. given: the recipe's teacher weights."""
+    if config.temperature <= 0:
+        raise ValueError(f"fusion.temperature is {config.temperature}; give a number above 0.")
+    if given and (min(given) < 0 or sum(given) <= 0):
+        raise ValueError(f"The teachers' weights are {list(given)}; none may be negative and one must be above 0.")
+
+
 def fixed(weights: Sequence[float], samples: int, device: torch.device) -> Tensor:
     """[M, B]: the recipe's teacher weights, normalised, the same for every sample."""
     share = torch.tensor(weights, dtype=torch.float32, device=device)

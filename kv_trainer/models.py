@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .arguments import ModelConfig, StudentConfig
 
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config with one entry a layer
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer a section names, else its model's own; a missing pad token becomes the end token."""
@@ -34,9 +36,12 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
     """A pretrained, pruned or random student, with the layers and the freezing its section asks for."""
     if config.config is not None:
         shape = AutoConfig.from_pretrained(config.config, trust_remote_code=config.trust_remote_code)
-        options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        options: dict[str, Any] = {}
+        if config.attn_implementation:
+            options["attn_implementation"] = config.attn_implementation
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
+        options["trust_remote_code"] = config.trust_remote_code
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
     else:
         model = load_pretrained(config)
     if config.keep_layers is not None:
@@ -52,9 +57,10 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     wrong = [i for i in kept if not 0 <= i < total]
     if wrong or not kept or len(set(kept)) < len(kept):
         raise ValueError(f"student.keep_layers is {kept}; give different layers from 0 to {total - 1}.")
-    lists = [(m, n) for m in model.modules() for n, c in m.named_children() if isinstance(c, nn.ModuleList) and len(c) == total]
+    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
+    lists = [(m, name) for m, name, child in children if isinstance(child, nn.ModuleList) and len(child) == total]
     if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; keep_layers needs just one.")
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; keep_layers needs one.")
     parent, name = lists[0]
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
@@ -63,8 +69,9 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = new
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+    for key in PER_LAYER:
+        if getattr(config, key, None):
+            setattr(config, key, [getattr(config, key)[i] for i in kept])
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .arguments import (
     DataConfig,
@@ -561,8 +562,8 @@ def changed_training(args: TrainingArguments) -> dict[str, Any]:
     """The fields of TrainingArguments that differ from its defaults, as plain YAML values."""
     names = {field.name for field in fields(TrainingArguments)}
     # What TrainingArguments fills in itself is put back as it was given: written out it would only be noise.
-    filled: dict[str, Any] = {"debug": " ".join(option.value for option in args.debug)}
-    if args.accelerator_config == type(args.accelerator_config)():
+    filled: dict[str, Any] = {"debug": " ".join(plain(list(args.debug)))}
+    if isinstance(args.accelerator_config, AcceleratorConfig) and args.accelerator_config == AcceleratorConfig():
         filled["accelerator_config"] = None
     if getattr(args, "activation_checkpointing", None) is False:
         filled["activation_checkpointing"] = None

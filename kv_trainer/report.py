@@ -148,7 +148,7 @@ def _draw_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
     values: list[float] = []
     for label, (steps, points) in {"total": _series(rows, "loss"), **series}.items():
         colour = INK if label == "total" else FIXED_COLOURS.get(label) or next(spare, INK)
-        style = {"color": colour, "linestyle": (0, (4, 2)) if label == "total" else "-"}
+        style: dict[str, Any] = {"color": colour, "linestyle": (0, (4, 2)) if label == "total" else "-"}
         if len(points) > 60:  # many noisy points: the mean is the line, they are its haze
             axes.plot(steps, points, **{**style, "linestyle": "-"}, linewidth=0.8, alpha=0.2)
         axes.plot(steps, _smooth(points), **style, linewidth=1.8, label=label, solid_capstyle="round")
@@ -177,7 +177,7 @@ def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         lower = axes.twinx()
         lower.tick_params(axis="y", colors=PALETTE[0], labelsize=9, length=0)
-    style = {"marker": "s", "markersize": 3.5, "linestyle": (0, (2, 2)), "linewidth": 1.2}
+    style: dict[str, Any] = {"marker": "s", "markersize": 3.5, "linestyle": (0, (2, 2)), "linewidth": 1.2}
     handles += lower.plot(steps, perplexity, color=PALETTE[0], label="perplexity", **style)
     _dress(axes, "exact answers (left) and perplexity (right)" if names else "perplexity")
     if names:
@@ -200,7 +200,7 @@ def _dress(axes: Axes, title: str) -> None:
 
 def _legend(axes: Axes, handles: list[Any]) -> None:
     """One row below the axes, where it hides no line; more rows where the names are many."""
-    where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(len(handles), 5)}
+    where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(len(handles), 5)}
     axes.legend(handles=handles, **where, frameon=False, fontsize=9, handlelength=1.8, labelcolor=INK)
 
 

@@ -133,8 +133,6 @@ class MultiTeacherKVTrainer(Trainer):
         supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
         with self.bridge.supervise(supervision):
             outputs = model(**text, use_cache=False)
-        if not self._terms:  # a first, or first resumed, step since the last log
-            self._term_steps = self.state.global_step
         for name, term in self.bridge.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
@@ -179,7 +177,9 @@ class MultiTeacherKVTrainer(Trainer):
         ours = {id(p) for n, p in self.model.named_parameters() if f"{NAME}." in n}
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in ours]
-            if moved and not all(id(p) in ours for p in group["params"]):
+            if moved and len(moved) == len(group["params"]):  # as under PEFT, whose adapters have no biases
+                group["lr"] = self.args.projector.learning_rate
+            elif moved:
                 group["params"] = [p for p in group["params"] if id(p) not in ours]
                 options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
                 optimizer.add_param_group({**options, "params": moved, "lr": self.args.projector.learning_rate})
@@ -234,7 +234,7 @@ class MultiTeacherKVTrainer(Trainer):
         if not self.bridge.state_dict():
             return
         if not path.exists():
-            raise ValueError(f"{folder} has no {BRIDGE_FILE}, but this run has projectors; it is not a checkpoint of it.")
+            raise ValueError(f"{folder} has no {BRIDGE_FILE}, but this run has projectors: it is of another run.")
         self.bridge.load_state_dict(load_file(path))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -267,10 +267,11 @@ def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) ->
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
-    if model.config.get_text_config().vocab_size < len(tokenizer):
+    known = model.config.get_text_config().vocab_size
+    if known < len(tokenizer):
         raise ValueError(
-            f"Teacher '{name}' knows {model.config.get_text_config().vocab_size} tokens, its tokenizer {len(tokenizer)}: "
-            "it is not its own. Give the pair (model, tokenizer)."
+            f"Teacher '{name}' knows {known} tokens, the tokenizer {len(tokenizer)}: it is not its own. Give the pair "
+            "(model, tokenizer)."
         )
     return Teacher(model, Reader(tokenizer))
 
@@ -281,7 +282,7 @@ def check_control(args: MultiTeacherKVConfig) -> None:
         raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
-            "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values without gradient; set it to false."
+            "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
         )
     if args.label_smoothing_factor:
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")

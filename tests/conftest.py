@@ -42,12 +42,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": None,
         "eos_token_id": 1, "pad_token_id": 0,
     },
-    "gpt_neox": {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    "gpt_neox": {
+        **GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    },
     "olmo2": GROUPED,
     "cohere": {**GROUPED, "use_qk_norm": True},
     "starcoder2": {**GROUPED, "sliding_window": 4},
     "granite": GROUPED,
     "qwen3_moe": {**WIDE, **EXPERTS},
+    "stablelm": {**GROUPED, "qk_layernorm": True},
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +34,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "losses: {cross_entropy: {}, kv_relation: {weight: 2}}\ndata: {path: ./rows.jsonl}\n"
     )
     return tmp_path
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "kv_trainer", *arguments], capture_output=True, text=True, env=environment, timeout=120
-    )
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -159,9 +150,22 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], name: str) -> Non
     assert f"examples:\n  kv-trainer {name} " in capsys.readouterr().out
 
 
-def test_as_a_module() -> None:
-    version = command("--version")
-    assert (version.returncode, version.stdout) == (0, f"kv-trainer {__version__}\n")
-    failed = command("train", "none.yaml")
-    assert failed.returncode == 2 and failed.stderr.endswith("error: The recipe none.yaml does not exist.\n")
-    assert "Traceback" not in failed.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [
+        (["--version"], 0, f"kv-trainer {__version__}\n", ""),
+        (["train", "none.yaml"], 2, "", "kv-trainer: error: The recipe none.yaml does not exist.\n"),
+    ],
+)
+def test_as_a_module(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    out: str,
+    err: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kv_trainer", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("kv_trainer", run_name="__main__")
+    assert caught.value.code == code and tuple(capsys.readouterr()) == (out, err)

@@ -112,7 +112,7 @@ def test_counts_read_as_people_say_them() -> None:
 def test_curve_is_a_picture(tmp_path: Path, evaluations: int, steps: int) -> None:
     metrics = write_rows(tmp_path / "metrics.jsonl", curve_rows(evaluations, steps))
     target = tmp_path / "curve.png"
-    assert draw_curve(metrics, target, "a $title with _signs") == target
+    assert draw_curve(metrics, target, "a $x_$ title") == target
     image = imread(target)
     height, width = image.shape[:2]
     assert width > 1200 and height > 400
@@ -181,8 +181,9 @@ def test_card_holds_the_run_and_is_read_by_the_hub(tmp_path: Path) -> None:
     figures = {result.metric_name: result.metric_value for result in data.eval_results}
     assert figures == {"accuracy": 0.4521, "accuracy chain": 0.5, "accuracy letters": 0.4, "perplexity": 3.4215}
     assert front_matter(text)["model-index"][0]["name"] == "out"
-    for words in ("`Qwen/Qwen2-7B` at `abc123`", "| letters | `letters` | - |", "layers 0, 5", "from 2 teachers", "`linear` projector", "151,936", "45.2%",
-                  "kv-trainer train recipe.yaml", 'from_pretrained("out")', "`kv_relation` | 3 |",
+    for words in ("`Qwen/Qwen2-7B` at `abc123`", "| letters | `letters` | - |", "layers 0, 5", "from 2 teachers",
+                  "`linear` projector", "151,936", "45.2%", "kv-trainer train recipe.yaml",
+                  'from_pretrained("out")', "`kv_relation` | 3 |",
                   "[arXiv 2510.02312](https://arxiv.org/abs/2510.02312)",
                   "[arXiv 2012.15828](https://arxiv.org/abs/2012.15828)"):  # fmt: skip
         assert words in text, words

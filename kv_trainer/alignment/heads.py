@@ -80,7 +80,7 @@ class KVProjector(nn.Module):
             nn.init.zeros_(self.width.bias)
         else:
             if init == "grouped":
-                raise ValueError("projector.init is 'grouped', which only a linear projector has; use 'xavier' or 'auto'.")
+                raise ValueError("projector.init is 'grouped', which only a linear projector has; use 'auto'.")
             bottleneck_init = "xavier" if init == "auto" else init
             self.width = ElasticBottleneck(inputs[1], outputs[1], mlp_ratio, dropout, bottleneck_init)
         self.heads = nn.Linear(inputs[0], outputs[0], bias=False)
@@ -111,8 +111,8 @@ class TeacherProjectors(nn.Module):
         inputs, outputs = (ours, theirs) if direction == "student_to_teacher" else (theirs, ours)
         if method == "none" and ours != theirs:
             raise ValueError(
-                f"projector.method is 'none', but the student has {ours[0]} KV heads of width {ours[1]} and the teacher "
-                f"{theirs[0]} of width {theirs[1]}; use 'linear'."
+                f"projector.method is 'none', but the student has {ours[0]} KV heads of width {ours[1]}, and the "
+                f"teacher {theirs[0]} of width {theirs[1]}; use 'linear'."
             )
 
         def projector() -> nn.Module:
@@ -139,6 +139,8 @@ class TeacherProjectors(nn.Module):
     @torch.no_grad()
     def calibrate(self, batches: list[KVStates]) -> None:
         """Set mean and deviation from aligned teacher states, counting True positions only."""
+        if not any(b.mask.any() for b in batches):
+            raise ValueError("No student position is aligned with the teacher, so its states cannot be standardised.")
         for part, name in enumerate(("keys", "values")):
             for layer in range(self.mean.shape[1]):
                 rows = torch.cat([getattr(b, name)[layer].transpose(1, 2)[b.mask] for b in batches]).float()

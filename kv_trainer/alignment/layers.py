@@ -76,6 +76,6 @@ def layer_map(method: str, student_layers: int, teacher_layers: int, given: Sequ
     wrong = [layer for layer in given if not 0 <= layer < teacher_layers]
     if wrong:
         raise ValueError(
-            f"alignment.layers.map names the teacher layers {wrong}, but the teacher has layers 0 to {teacher_layers - 1}."
+            f"alignment.layers.map names the teacher layers {wrong}, but it has layers 0 to {teacher_layers - 1}."
         )
     return explicit(given)

@@ -12,13 +12,13 @@ from .base import DistillationLoss, LossInputs, heard, masked_mean, stacked
 
 
 def gram(x: Tensor, mask: Tensor) -> Tensor:
-    """Cosines between the centred positions of each sample.
+    """Cosines between centred positions.
 
-    x [N, B, T, C], mask [B, T]; returns [N, B, T, T], zero in the rows and columns that the mask leaves out, and in
-    those of positions that differ from the mean by rounding alone: they have no direction.
+    x [N, P, C], mask [P]; returns [N, P, P], zero in the rows and columns that the mask leaves out, and in those of
+    positions that differ from the mean by rounding alone: they have no direction.
     """
-    where = mask[None, :, :, None]
-    centred = (x.float() - masked_mean(x.float(), where, 2).unsqueeze(2)) * where
+    where = mask[None, :, None]
+    centred = (x.float() - masked_mean(x.float(), where, 1).unsqueeze(1)) * where
     norm = centred.norm(dim=-1, keepdim=True)
     unit = torch.where(norm > 1e-5 * x.float().norm(dim=-1, keepdim=True), centred / norm.clamp_min(1e-12), 0)
     return unit @ unit.transpose(-1, -2)
@@ -39,19 +39,25 @@ def pick_positions(mask: Tensor, count: int) -> Tensor:
 class KVRelationLoss(DistillationLoss):
     """Relative squared error between the student's and the fused teachers' Gram matrices of positions.
 
-    For every layer, for K and for V, and for every sample: the states of its positions are flattened over heads,
-    centred, made unit length, and multiplied with each other. All teachers' matrices live in one space, positions
-    x positions, and are averaged with their fusion weights where both positions are aligned. The term is
-    sum (G_student - G_fused)^2 / sum G_fused^2 off the diagonal: 0 where the geometry agrees, 1 for a student
+    For every layer, for K and for V, and for every group of samples: the states of its positions are flattened over
+    heads, centred, made unit length, and multiplied with each other. All teachers' matrices live in one space,
+    positions x positions. Teacher m counts sqrt(w_i w_j) for a pair of positions, w its fusion weights in their two
+    samples: a pair that no teacher is trusted with hardly counts. The term is
+    sum W (G_student - G_fused)^2 / sum W G_fused^2 off the diagonal: 0 where the geometry agrees, 1 for a student
     whose positions are unrelated.
 
-    parts: which states are compared. max_positions: at most so many positions of a sample, evenly spaced.
+    parts: which states are compared.
+    samples: so many consecutive samples of a micro-batch make a group. Relations across samples carry what one
+    sample cannot show, such as how the numbers lie to each other. A step is independent of gradient accumulation as
+    long as `samples` divides the micro-batch; a last, incomplete group is a smaller one.
+    max_positions: at most so many positions of a group, evenly spaced.
     Shapes: keys, values [B, H, T, D] a layer, any H and D on either side; mask [B, T]. Returns a scalar.
     Needs: student_kv, teacher_kv.
     Source: relations of MiniLMv2, arXiv 2012.15828, eq. 4-5, and RKD, arXiv 1904.05068, on pre-RoPE K and V.
     """
 
     parts: Literal["keys", "values", "both"] = "both"
+    samples: int = 8
     max_positions: int = 512
 
     requires: ClassVar[frozenset[str]] = frozenset({"student_kv", "teacher_kv"})
@@ -61,38 +67,41 @@ class KVRelationLoss(DistillationLoss):
         super().__post_init__()
         if self.max_positions < 2:
             raise ValueError(f"max_positions is {self.max_positions}; a relation needs at least 2 positions.")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; a group needs at least 1 sample.")
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
-        masks = heard(inputs)
-        student = stacked(inputs.student, parts)
-        teachers = [stacked(teacher, parts) for teacher in inputs.teachers.values()]
-        if student.shape[2] > self.max_positions:
-            chosen = pick_positions(masks.any(0), self.max_positions)
-            masks = masks.gather(2, chosen.expand(len(masks), -1, -1))
-            student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
-        target, pairs = self._fuse(teachers, masks, inputs.weights)
-        difference = (gram(student, masks.any(0)) - target).square()
-        energy = (target.square() * pairs).sum((2, 3))
-        # Without any relation in the target (one position, or equal ones) the sample teaches nothing.
-        per_sample = (difference * pairs).sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
-        return per_sample.mean(0).sum() / inputs.num_samples
-
-    @staticmethod
-    @torch.no_grad()
-    def _fuse(teachers: list[Tensor], masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted mean Gram matrix [N, B, T, T], and which pairs of positions count [B, T, T]."""
+        # [M, B, T]: how much each teacher counts at each position.
+        shares = heard(inputs) * inputs.weights[:, :, None]
+        states = [stacked(s, parts) for s in (inputs.student, *inputs.teachers.values())]
         total: Tensor | float = 0.0
-        share: Tensor | float = 0.0
-        for x, mask, weight in zip(teachers, masks, weights, strict=True):
-            pairs = weight[:, None, None] * (mask[:, :, None] & mask[:, None, :])
-            total = total + gram(x, mask) * pairs
-            share = share + pairs
-        pairs = (share > 0) & ~torch.eye(masks.shape[2], dtype=torch.bool, device=masks.device)
-        return total / share.clamp_min(1e-12), pairs
+        for start in range(0, shares.shape[1], self.samples):
+            rows = slice(start, start + self.samples)
+            group = shares[:, rows].flatten(1)
+            total = total + len(shares[0, rows]) * self._group([x[:, rows].flatten(1, 2) for x in states], group)
+        return total / inputs.num_samples
+
+    def _group(self, states: list[Tensor], shares: Tensor) -> Tensor:
+        """The term of one group. states: student, then teachers, [N, P, C]; shares [M, P]."""
+        if shares.shape[1] > self.max_positions:
+            chosen = pick_positions((shares > 0).any(0)[None], self.max_positions)[0]
+            states, shares = [x[:, chosen] for x in states], shares[:, chosen]
+        student, *teachers = states
+        target, weight = fuse(teachers, shares)
+        difference = weight * (gram(student, (shares > 0).any(0)) - target).square()
+        return (difference.sum((1, 2)) / (weight * target.square()).sum((1, 2)).clamp_min(1e-6)).mean()
 
 
-def take_positions(x: Tensor, index: Tensor) -> Tensor:
-    """Select positions: x [N, B, T, C], index [B, P] -> [N, B, P, C]."""
-    return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+@torch.no_grad()
+def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean Gram matrix [N, P, P], and the weight of each pair [P, P], zero on the diagonal."""
+    total: Tensor | float = 0.0
+    weight: Tensor | float = 0.0
+    for x, share in zip(teachers, shares, strict=True):
+        pair = (share[:, None] * share[None]).sqrt()
+        total = total + gram(x, share > 0) * pair
+        weight = weight + pair
+    target = total / weight.clamp_min(1e-12)
+    return target, weight.fill_diagonal_(0)

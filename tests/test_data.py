@@ -1,0 +1,380 @@
+"""Rows to ids, labels and position maps: every row form, templates, alignment through them, and the collator."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import ByT5Tokenizer
+
+from kv_trainer.alignment.tokens import BOS, EOS, span_index
+from kv_trainer.arguments import DataConfig
+from kv_trainer.data import (
+    IGNORED,
+    Encoded,
+    Example,
+    KVCollator,
+    Reader,
+    aligned_share,
+    encode,
+    encode_rows,
+    example_of,
+    load_split,
+    render,
+)
+
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+# What Llama-3 and Gemma do: a system prompt of their own, contents stripped, marks that hold the words of an answer.
+STRIPS = (
+    "{% if messages[0].role != 'system' %}[system] you are the assistant. answer the question [/system]{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} [/{{ m.role }}]{% endfor %} done"
+)
+SHOUTS = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{% endfor %}"
+CUTS = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+QUESTION = [{"role": "user", "content": "what is two times three?"}]
+SIX = Example(QUESTION, " two times three is six")
+
+
+def supervised(tokenizer, encoded: Encoded) -> str:
+    assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
+    assert len(encoded.labels) == len(encoded.input_ids) == len(encoded.spans)
+    return tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+
+
+@pytest.fixture
+def plain(tiny_tokenizer):
+    return tiny_tokenizer()
+
+
+# Row forms
+
+
+def test_every_row_form_gives_its_turns_and_its_answer():
+    config = DataConfig()
+    assert example_of({"prompt": "a", "completion": "b", "task": "t"}, config) == Example(
+        [{"role": "user", "content": "a"}], "b"
+    )
+    turns = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "x"))]
+    assert example_of({"messages": turns}, config) == Example(turns[:2], "x")
+    assert example_of({"messages": turns}, config).prompt == "s\nu"
+    assert example_of({"text": "abc"}, config) == Example([], "abc")
+    row = {"question": "two?", "solution": "2", "n": 7}
+    templates = DataConfig(prompt="Q{n}: {question}", response="A: {solution}")
+    assert example_of(row, templates) == Example([{"role": "user", "content": "Q7: two?"}], "A: 2")
+    assert example_of(row, DataConfig(response="{solution}")) == Example([], "2")
+    assert example_of({"prompt": "p", "completion": "c"}, templates_over()).completion == "c!", "templates come first"
+
+
+def templates_over() -> DataConfig:
+    return DataConfig(prompt="{prompt}", response="{completion}!")
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "says"),
+    [
+        ({"question": "q", "answer": "a"}, DataConfig(), "columns question, answer; give prompt"),
+        ({"completion": "a"}, DataConfig(), "columns completion; give prompt"),
+        ({"question": "q"}, DataConfig(prompt="{qestion}", response="x"), "column 'qestion', but .* have question"),
+        ({"question": "q"}, DataConfig(prompt="{question}"), "data.response is not given"),
+        ({"messages": [{"role": "user", "content": "q"}]}, DataConfig(), "messages is by 'user'"),
+    ],
+)
+def test_a_row_that_cannot_be_read_names_what_it_has(row, config, says):
+    with pytest.raises(ValueError, match=says):
+        example_of(row, config)
+
+
+def test_readers_without_offsets_or_template_are_refused(plain):
+    with pytest.raises(ValueError, match="is a slow one"):
+        Reader(ByT5Tokenizer())
+    with pytest.raises(ValueError, match="has no chat template; set chat: false"):
+        Reader(plain, chat=True)
+
+
+# One row
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("merges", [0, 40, 120])
+def test_only_the_completion_and_the_end_are_learned(tiny_tokenizer, merges, bos):
+    tokenizer = tiny_tokenizer(merges, bos=bos)
+    found = encode(SIX, Reader(tokenizer), 999)
+    assert supervised(tokenizer, found) == " two times three is six</s>"
+    text = "what is two times three? two times three is six</s>"
+    assert tokenizer.decode(found.input_ids) == ("<s>" if bos else "") + text
+    assert found.spans[-1] == EOS and (found.spans[0] == BOS) == bos
+    everything = encode(SIX, Reader(tokenizer), 999, train_on_prompt=True)
+    assert supervised(tokenizer, everything) == text and everything.input_ids == found.input_ids
+
+
+def test_text_alone_is_learned_whole(plain):
+    assert supervised(plain, encode(Example([], "the lazy dog"), Reader(plain), 999)) == "the lazy dog</s>"
+
+
+def test_turns_without_a_template_are_lines(plain):
+    turns = [{"role": "system", "content": "be"}, {"role": "user", "content": "what?"}]
+    found = encode(Example(turns, " six"), Reader(plain), 999)
+    assert plain.decode(found.input_ids) == "be\nwhat? six</s>" and supervised(plain, found) == " six</s>"
+    assert {s[0] for s in found.spans if s} == {0, 1, 2, EOS[0]}
+    assert sum(s is None for s in found.spans) == 1, "the line end between the turns is nobody's text"
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_learned_once(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(bos=True)
+    own = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), own])
+    found = encode(SIX, Reader(tokenizer), 999)
+    assert found == encode(SIX, Reader(tiny_tokenizer(bos=True)), 999)
+    assert supervised(tokenizer, found).endswith("six</s>") and found.spans[-1] == EOS
+
+
+def test_a_token_across_the_border_is_learned(tiny_tokenizer):
+    """Left to the prompt it would never be learned, and the prompt of an evaluation would give the answer away."""
+    tokenizer = tiny_tokenizer(120)
+    assert len(tokenizer(" six")["input_ids"]) == 1
+    row = {"prompt": "what is two times three? ", "completion": "six"}
+    found = encode(example_of(row, DataConfig()), Reader(tokenizer), 999)
+    assert supervised(tokenizer, found) == " six</s>"
+    assert found.spans[-2] == (1, -1, 3), "it has read the completion to its end"
+    encoded = encode_rows(Dataset.from_list([row]), Reader(tokenizer), {}, DataConfig(), keep=("prompt_ids",))
+    assert tokenizer.decode(encoded[0]["prompt_ids"]) == "what is two times three?"
+
+
+@pytest.mark.parametrize("length", [1, 5, 12, 999])
+def test_truncation_keeps_the_front(plain, length):
+    whole, short = encode(SIX, Reader(plain), 999), encode(SIX, Reader(plain), length)
+    assert short.input_ids == whole.input_ids[:length] and short.labels == whole.labels[:length]
+    assert short.spans == whole.spans[:length]
+
+
+# Templates
+
+
+@pytest.mark.parametrize("template", [PLAIN, STRIPS], ids=["plain", "strips"])
+@pytest.mark.parametrize("merges", [0, 60])
+@pytest.mark.parametrize("lead", ["", "  \n"])
+def test_segments_are_the_right_characters_in_a_template(tiny_tokenizer, template, merges, lead):
+    tokenizer = tiny_tokenizer(merges, chat_template=template)
+    parts = [f"{lead}über seven plus 東京", f"{lead}twelve is five ", f"{lead}fox over dog"]
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": part} for role, part in zip(roles, parts, strict=True)]
+    example, answer = Example(turns, f"{lead}jumps 🦊 lazy "), f"{lead}jumps 🦊 lazy "
+    text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+    found = encode(example, Reader(tokenizer, chat=True), 999)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert len(offsets) == len(found.spans)
+    cores = [part.strip() if template is STRIPS else part for part in (*parts, answer)]
+    leads = [len(part) - len(part.lstrip()) if template is STRIPS else 0 for part in (*parts, answer)]
+    covered = set()
+    for (start, end), span in zip(offsets, found.spans, strict=True):
+        places = [i for i, core in enumerate(cores) if text.index(core) < end <= text.index(core) + len(core)]
+        if not places:
+            assert span is None
+            continue
+        place = text.index(cores[places[0]])
+        assert span == (places[0], start - place + leads[places[0]], end - place + leads[places[0]])
+        covered.update((places[0], i) for i in range(max(start, place), end))
+    assert len(covered) == sum(map(len, cores)), "every character of the row is in some token"
+
+
+@pytest.mark.parametrize("answer", ["assistant", "user", "s", "what is two times three?"])
+@pytest.mark.parametrize("template", [PLAIN, STRIPS], ids=["plain", "strips"])
+def test_an_answer_that_the_markup_holds_too_is_found_in_its_place(tiny_tokenizer, template, answer):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    reader = Reader(tokenizer, chat=True)
+    text, places = render(Example(QUESTION, answer), reader)
+    assert text == tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": answer}], tokenize=False)
+    assert text[places[-1].start : places[-1].end] == answer and text.count(answer) > 1
+    assert text[: places[-1].start].endswith("<|assistant|>\n" if template is PLAIN else "[assistant] ")
+    assert text[places[0].start : places[0].end] == QUESTION[0]["content"]
+    closing = "<|end|>\n" if template is PLAIN else " [/assistant] done"
+    learned = supervised(tokenizer, encode(Example(QUESTION, answer), reader, 999))
+    assert learned.lstrip() == answer + closing, "the first token may hold the space before it"
+
+
+def test_chat_adds_no_end_token_or_start_token_of_its_own(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(bos=True, chat_template=PLAIN)
+    text = "<|user|>\nwhat is two times three?<|end|>\n<|assistant|>\nsix<|end|>\n"
+    assert tokenizer.decode(encode(Example(QUESTION, "six"), Reader(tokenizer, chat=True), 999).input_ids) == text
+
+
+WORDS = st.text("ab é\n🦊[]", min_size=1, max_size=12)
+TEMPLATES = st.sampled_from([PLAIN, STRIPS])
+
+
+@given(question=WORDS, answer=WORDS, left=st.none() | TEMPLATES, right=TEMPLATES)
+def test_two_templates_align_shared_text_only(tiny_tokenizer, question, answer, left, right):
+    example = Example([{"role": "user", "content": question}], answer)
+    student = tiny_tokenizer(40, chat_template=left)
+    teacher = tiny_tokenizer(10, chat_template=right)
+    readers = Reader(student, chat=left is not None), Reader(teacher, chat=True)
+    try:
+        ours, theirs = (encode(example, reader, 999) for reader in readers)
+    except ValueError as error:  # a part of spaces only cannot be told from the template's own
+        assert "changes the text" in str(error) and not (question.strip() and answer.strip())
+        return
+    index = span_index(ours.spans, theirs.spans)
+    parts = [question, answer]
+    for i, j in enumerate(index):
+        if j >= 0:
+            (segment, _, end), (other, _, same) = ours.spans[i], theirs.spans[j]
+            assert (segment, end) == (other, same) and segment in (0, 1) and 0 < end <= len(parts[segment])
+    aligned = {ours.spans[i][:1] + ours.spans[i][2:] for i, j in enumerate(index) if j >= 0}
+    shared = {(s[0], s[2]) for s in ours.spans if s} & {(s[0], s[2]) for s in theirs.spans if s}
+    assert aligned == shared
+    if left is right is PLAIN and question.strip() and answer.strip():
+        assert aligned, "the same text was read twice, so something aligns"
+
+
+def test_alignment_goes_through_different_templates(tiny_tokenizer):
+    """By bytes on both sides every character of the row aligns, and nothing of the markup."""
+    ours = encode(Example(QUESTION, " six "), Reader(tiny_tokenizer(0, chat_template=PLAIN), chat=True), 999)
+    theirs = encode(Example(QUESTION, " six "), Reader(tiny_tokenizer(0, chat_template=STRIPS), chat=True), 999)
+    index = span_index(ours.spans, theirs.spans)
+    aligned = [ours.spans[i] for i, j in enumerate(index) if j >= 0]
+    assert len(aligned) == len(QUESTION[0]["content"]) + len("six")
+    assert all(ours.input_ids[i] == theirs.input_ids[j] for i, j in enumerate(index) if j >= 0)
+    assert (1, 0, 1) not in aligned, "the space that one template strips is read by one model only"
+
+
+@pytest.mark.parametrize("template", [SHOUTS, CUTS], ids=["upper case", "cut"])
+def test_a_template_that_changes_text_is_refused(tiny_tokenizer, template):
+    reader = Reader(tiny_tokenizer(chat_template=template), chat=True)
+    with pytest.raises(ValueError, match="changes the text of a row.*set chat: false"):
+        render(Example(QUESTION, "hm </think> six"), reader)
+
+
+# Data sets
+
+ROWS = [
+    {"prompt": "what is two times three?", "completion": " six", "task": "times", "answer": "6"},
+    {"prompt": "what is seven plus five? seven plus five?", "completion": " twelve", "task": "plus", "answer": "12"},
+]
+
+
+def test_rows_are_encoded_for_student_and_every_teacher(tiny_tokenizer):
+    student, other = tiny_tokenizer(40), tiny_tokenizer(0, bos=True)
+    readers = {"same": Reader(student), "bytes": Reader(other)}
+    keep = ("prompt_ids", "task", "answer")
+    rows = Dataset.from_list(ROWS)
+    found = encode_rows(rows, Reader(student), readers, DataConfig(), keep=keep)
+    assert set(found.column_names) == {"input_ids", "labels", *keep} | {
+        f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index")
+    }
+    for row, given_row in zip(found, ROWS, strict=True):
+        assert student.decode(row["prompt_ids"]) == given_row["prompt"]
+        assert (row["task"], row["answer"]) == (given_row["task"], given_row["answer"])
+        assert row["same/input_ids"] == row["input_ids"] and row["same/index"] == list(range(len(row["input_ids"])))
+        assert row["bytes/index"][-1] == len(row["bytes/input_ids"]) - 1
+        for i, j in enumerate(row["bytes/index"]):
+            assert student.decode(row["input_ids"][: i + 1]) == other.decode(row["bytes/input_ids"][1 : j + 1])
+    assert aligned_share(found, "same") == aligned_share(found, "bytes") == 1.0
+    assert aligned_share(encode_rows(rows, Reader(other), {"t": Reader(student)}, DataConfig()), "t") < 0.8
+
+
+def test_templates_of_task_and_answer(plain):
+    config = DataConfig(prompt="{q}", response="{a}", task="{kind}-1", answer="{a}")
+    rows = Dataset.from_list([{"q": "two?", "a": "2", "kind": "n"}])
+    row = encode_rows(rows, Reader(plain), {}, config, keep=("task", "answer"))[0]
+    assert (row["task"], row["answer"]) == ("n-1", "2")
+    bare = encode_rows(rows, Reader(plain), {}, DataConfig(response="{a}"), keep=("task", "answer"))[0]
+    assert (bare["task"], bare["answer"]) == (None, None)
+
+
+def test_length_is_cut_on_both_sides(tiny_tokenizer):
+    config = DataConfig(max_length=26)
+    student, teacher = tiny_tokenizer(120), tiny_tokenizer(0)
+    row = encode_rows(Dataset.from_list(ROWS[:1]), Reader(student), {"t": Reader(teacher)}, config)[0]
+    assert len(row["input_ids"]) < 26 and len(row["t/input_ids"]) == len(row["t/labels"]) == 26
+    assert len(row["t/index"]) == len(row["input_ids"]) and 0 < max(row["t/index"]) < 26
+    assert row["t/index"][-1] == -1, "the teacher never got to the end"
+
+
+def test_rows_without_a_learned_token_are_left_out_with_a_word(plain, caplog):
+    rows = Dataset.from_list([ROWS[0], ROWS[1]])
+    short = DataConfig(max_length=len(encode(example_of(ROWS[0], DataConfig()), Reader(plain), 999).input_ids))
+    with caplog.at_level(logging.WARNING, logger="kv_trainer.data"):
+        found = encode_rows(rows, Reader(plain), {}, short)
+    assert len(found) == 1 and "1 of 2 rows have no supervised token" in caplog.text
+    assert found[0]["input_ids"] == encode(example_of(ROWS[0], short), Reader(plain), 999).input_ids
+    with pytest.raises(ValueError, match="No row has a supervised token"):
+        encode_rows(rows, Reader(plain), {}, DataConfig(max_length=3))
+
+
+def test_a_streamed_data_set_is_refused(plain):
+    with pytest.raises(ValueError, match="without streaming=True"):
+        encode_rows(Dataset.from_list(ROWS).to_iterable_dataset(), Reader(plain), {}, DataConfig())
+
+
+def test_a_missing_column_is_named_from_the_data_set(plain):
+    with pytest.raises(ValueError, match="columns q, a; give prompt"):
+        encode_rows(Dataset.from_list([{"q": "x", "a": "y"}]), Reader(plain), {}, DataConfig())
+
+
+def test_collator_pads_on_the_right_and_masks(tiny_tokenizer):
+    student, teacher = tiny_tokenizer(40), tiny_tokenizer(0)
+    rows = list(encode_rows(Dataset.from_list(ROWS), Reader(student), {"t": Reader(teacher)}, DataConfig()))
+    batch = KVCollator(pad_token_id=0, teacher_pad_ids={"t": 7})(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "teachers"}
+    assert set(batch["teachers"]["t"]) == {"input_ids", "attention_mask", "labels", "index"}
+    check_padding(batch, rows, "", {"input_ids": 0, "labels": IGNORED})
+    check_padding(batch["teachers"]["t"], rows, "t/", {"input_ids": 7, "labels": IGNORED})
+    assert batch["teachers"]["t"]["index"].shape == batch["input_ids"].shape, "one teacher position a student position"
+    check_padding(batch["teachers"]["t"], rows, "t/", {"index": -1}, masked=False)
+    assert set(KVCollator(0, {})(rows)["teachers"]) == set()
+
+
+def check_padding(batch, rows, prefix: str, values: dict[str, int], masked: bool = True) -> None:
+    for name, value in values.items():
+        assert batch[name].dtype == torch.long
+        for found, row in zip(batch[name].tolist(), rows, strict=True):
+            plain = row[prefix + name]
+            assert found == plain + [value] * (len(found) - len(plain))
+    lengths = [len(row[f"{prefix}input_ids"]) for row in rows]
+    assert len(set(lengths)) == 2
+    if masked:
+        assert batch["attention_mask"].sum(1).tolist() == lengths
+        assert all(m == sorted(m, reverse=True) for m in batch["attention_mask"].tolist())
+
+
+# Loading
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of two splits; the cache of `datasets` is beside it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        rows = [{"prompt": f"{split} {i}", "completion": "x"} for i in range(count)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(ROWS).to_csv(tmp_path / "rows.csv")
+    return tmp_path
+
+
+def test_splits_of_a_folder(folder):
+    config = DataConfig(path=str(folder / "data"))
+    assert load_split(config, "train", None)["prompt"] == ["train 0", "train 1", "train 2"]
+    assert load_split(config, "test", None)["prompt"] == ["test 0", "test 1"]
+    assert len(load_split(config, "train", 2)) == 2 and len(load_split(config, "train", 9)) == 3
+    with pytest.raises(ValueError, match="has no split 'validation'; it has train, test"):
+        load_split(config, "validation", None)
+
+
+@pytest.mark.parametrize("name", ["data/test.jsonl", "rows.parquet", "rows.csv"])
+def test_a_file_is_its_train_split_only(folder, name):
+    """Its rows must never come back as another split: they would be learned and then evaluated on."""
+    config = DataConfig(path=str(folder / name))
+    found = load_split(config, "train", None)
+    assert len(found) == 2 and {"prompt", "completion"} <= set(found.column_names)
+    with pytest.raises(ValueError, match="has no split 'test'; it has train"):
+        load_split(config, "test", None)
