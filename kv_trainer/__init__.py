@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from .alignment.heads import KVProjector
-from .arguments import MultiTeacherKVConfig, StudentConfig, TeacherConfig
-from .bridge import KVBridge
-from .capture import capture_kv
-from .losses import DistillationLoss
-from .recipes import load_recipe
-from .trainer import MultiTeacherKVTrainer
-from .types import KVStates, TeacherSignal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
 
 __all__ = [
@@ -26,3 +21,37 @@ __all__ = [
     "capture_kv",
     "load_recipe",
 ]
+
+if TYPE_CHECKING:
+    from .alignment.heads import KVProjector
+    from .arguments import MultiTeacherKVConfig, StudentConfig, TeacherConfig
+    from .bridge import KVBridge
+    from .capture import capture_kv
+    from .losses import DistillationLoss
+    from .recipes import load_recipe
+    from .trainer import MultiTeacherKVTrainer
+    from .types import KVStates, TeacherSignal
+else:  # a type checker that saw __getattr__ would take every misspelt name for an export
+    # Imported at first use: `kv-trainer --help` does not wait for torch.
+    HOMES = {
+        "DistillationLoss": "losses",
+        "KVBridge": "bridge",
+        "KVProjector": "alignment.heads",
+        "KVStates": "types",
+        "MultiTeacherKVConfig": "arguments",
+        "MultiTeacherKVTrainer": "trainer",
+        "StudentConfig": "arguments",
+        "TeacherConfig": "arguments",
+        "TeacherSignal": "types",
+        "capture_kv": "capture",
+        "load_recipe": "recipes",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

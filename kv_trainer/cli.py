@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .recipe_tree import SECTIONS
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
     from .arguments import ModelConfig, Recipe
 
-OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, or --section.key=value."
+OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, --section.key=value, --section null."
+OVERRIDDEN = re.compile(rf"--(\w[^=]*\.|({'|'.join(SECTIONS)})(=|$))")
 TRAIN = f"""{OVERRIDE}
 
 examples:
   kv-trainer train recipes/quickstart/two_teachers.yaml
   kv-trainer train recipes/quickstart/two_teachers.yaml --training.learning_rate 1e-5 --losses.kv_relation.weight 3
   kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv null --training.output_dir outputs/no_kv
+  kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null
   kv-trainer train recipes/quickstart/two_teachers.yaml --resume
   accelerate launch -m kv_trainer train recipes/quickstart/two_teachers.yaml
 """
@@ -80,7 +83,8 @@ def load(path: str, overrides: list[str]) -> Recipe:
     from .recipes import load_recipe
 
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default", UserWarning)
+        for category in (UserWarning, FutureWarning):  # ours, and what transformers calls deprecated
+            warnings.simplefilter("default", category)
         recipe = load_recipe(path, overrides)
     for warning in caught:
         print(f"kv-trainer: warning: {path}: {warning.message}", file=sys.stderr)
@@ -159,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments for argparse, and the overrides: every --option with a dot in its name, and the value after it.
+    """Arguments for argparse, and the overrides with their values: options with a dot in their name, and sections.
 
     Done here because argparse would take the value of an option it does not know for a RECIPE.
     """
@@ -168,7 +172,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not re.match(r"--\w[^=]*\.", argument):
+        if not OVERRIDDEN.match(argument):
             plain.append(argument)
             continue
         overrides.append(argument)

@@ -51,11 +51,15 @@ class Example:
 
 @dataclass
 class Encoded:
-    """One row as one model reads it. spans: see alignment.tokens; labels -100 where not supervised."""
+    """One row as one model reads it. spans: see alignment.tokens; labels -100 where not supervised.
+
+    supervised: tokens with a label before the row was cut to its longest length.
+    """
 
     input_ids: list[int]
     labels: list[int]
     spans: list[Span]
+    supervised: int = 0
 
 
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
@@ -170,7 +174,8 @@ def encode(example: Example, reader: Reader, max_length: int, train_on_prompt: b
         ids.append(eos)
         spans.append(EOS)
         labels.append(eos)
-    return Encoded(ids[:max_length], labels[:max_length], spans[:max_length])
+    supervised = sum(label != IGNORED for label in labels)
+    return Encoded(ids[:max_length], labels[:max_length], spans[:max_length], supervised)
 
 
 def locate(start: int, end: int, places: Sequence[Place]) -> Span:
@@ -187,8 +192,8 @@ def encode_rows(
 ) -> Dataset:
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
-    Columns: input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index`; plus those of
-    `keep` ('prompt_ids', 'task', 'answer') that evaluation needs.
+    Columns: input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and
+    `<teacher>/supervised`; plus those of `keep` ('prompt_ids', 'task', 'answer') that evaluation needs.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
@@ -207,6 +212,7 @@ def encode_rows(
             result[f"{name}/input_ids"] = theirs.input_ids
             result[f"{name}/labels"] = theirs.labels
             result[f"{name}/index"] = span_index(ours.spans, theirs.spans)
+            result[f"{name}/supervised"] = theirs.supervised
         first = next((i for i, label in enumerate(ours.labels) if label != IGNORED), len(ours.labels))
         extra = {"prompt_ids": ours.input_ids[:first], "task": text_of(row, "task"), "answer": text_of(row, "answer")}
         result.update({name: extra[name] for name in keep})
@@ -230,7 +236,7 @@ def aligned_share(encoded: Dataset, teacher: str, rows: int = 200) -> float:
 
 @dataclass
 class KVCollator:
-    """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T], and the same and index a teacher.
+    """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; the same, index, supervised a teacher.
 
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere.
     """
@@ -241,8 +247,13 @@ class KVCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
         batch["teachers"] = {
-            name: {**text_batch(rows, f"{name}/", pad), "index": padded([row[f"{name}/index"] for row in rows], -1)}
+            name: {
+                **text_batch(rows, f"{name}/", pad),
+                "index": padded([row[f"{name}/index"] for row in rows], -1),
+                "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
+            }
             for name, pad in self.teacher_pad_ids.items()
+            if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
         }
         return batch
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from . import hub, report
 from .arguments import Recipe
 from .callbacks import peak_memory_mb
 from .capture import kv_shape
+from .curve import draw_curve
 from .data import Reader, aligned_share, encode_rows, load_split
 from .evaluation import evaluate_model
 from .models import load_tokenizer, same_tokenizer
-from .recipes import save_recipe
+from .recipes import dump_recipe, write_text
 from .trainer import MultiTeacherKVTrainer
+from .types import KVShape
 
 
 def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
@@ -25,7 +28,6 @@ def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
     data = recipe.args.data
     train = load_split(data, data.train_split, data.max_train_samples)
     evaluation = load_split(data, data.eval_split, data.max_eval_samples) if data.eval_split else None
-    set_seed(recipe.args.seed)
     return MultiTeacherKVTrainer(
         model=recipe.student,
         teachers=recipe.teachers,
@@ -38,9 +40,12 @@ def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results."""
     transformers.logging.set_verbosity_warning()
+    asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     trainer = build_trainer(recipe)
-    args, folder = recipe.args, Path(recipe.args.output_dir)
+    args, folder = recipe.args, Path(str(recipe.args.output_dir))
     main = trainer.is_world_process_zero()
+    if main:
+        write_text(folder / "recipe.yaml", asked)
     console = Console(quiet=not main)
     show_header(console, trainer)
     fit = trainer.train(resume_from_checkpoint=True if resume else None)
@@ -51,10 +56,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     trainer.save_model()
     trainer.save_state()
     if main:
-        write_json(folder / "all_results.json", results)
-        save_recipe(recipe, folder / "recipe.yaml")
-        curve = report.draw_curve(folder / "metrics.jsonl", folder / "curve.png", title=folder.name)
-        shapes = {"student": kv_shape(trainer.model), **{n: t.shape for n, t in trainer.teachers.items()}}
+        write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+        curve = draw_curve(folder / "metrics.jsonl", folder / "curve.png", title=folder.name)
+        shapes = {"student": student_shape(trainer), **{n: t.shape for n, t in trainer.teachers.items()}}
         hub.write_model_card(folder, recipe, results, shapes)
         report.print_results(console, results, curve, folder)
     if args.push_to_hub:
@@ -62,8 +66,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     return results
 
 
+def student_shape(trainer: MultiTeacherKVTrainer) -> KVShape:
+    """The student's shape, without the bridge that is attached to it."""
+    shape = kv_shape(trainer.model)
+    return replace(shape, num_parameters=shape.num_parameters - sum(p.numel() for p in trainer.bridge.parameters()))
+
+
 def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
-    student = kv_shape(trainer.model)
+    student = student_shape(trainer)
     shapes = {name: teacher.shape for name, teacher in trainer.teachers.items()}
     same = {n: same_tokenizer(trainer.processing_class, t.reader.tokenizer) for n, t in trainer.teachers.items()}
     projector = sum(p.numel() for p in trainer.bridge.parameters())
@@ -98,10 +108,3 @@ def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
     results = evaluate_model(student, tokenizer, encoded, recipe.args.evaluation)
     report.print_results(Console(), results, None, model)
     return results
-
-
-def write_json(path: Path, content: dict[str, float]) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

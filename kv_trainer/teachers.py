@@ -41,13 +41,16 @@ class Teacher:
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
-        """batch: input_ids, attention_mask, labels [B, S] of this teacher's tokens, and index [B, T]."""
+        """batch: input_ids, attention_mask, labels [B, S] of this teacher's tokens; index [B, T]; supervised [B]."""
         assert self._capture is not None, "prepare comes first"
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         self._capture.start()
         nll = None
         if self.likelihood:
-            nll = self._likelihood(inputs, batch["labels"])
+            # A row that was cut counts as if its lost part were as hard as the rest, one cut to nothing as hopeless.
+            kept = (batch["labels"][:, 1:] != IGNORED).sum(1)
+            nll = self._likelihood(inputs, batch["labels"]) * batch["supervised"] / kept.clamp_min(1)
+            nll = nll.masked_fill(kept == 0, 1e9)
         else:
             with suppress(StopForward):
                 self.model.base_model(**inputs)

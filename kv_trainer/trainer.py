@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .arguments import ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
@@ -19,9 +20,11 @@ from .callbacks import LossTermsProgress, MetricsFile
 from .capture import kv_shape
 from .data import KVCollator, Reader, encode_rows
 from .evaluation import evaluate_model
+from .losses import CrossEntropy, KVRelationLoss, LossInputs
 from .models import load_pretrained, load_student, load_tokenizer
 from .teachers import Teacher
 
+logger = logging.getLogger(__name__)
 BRIDGE_FILE = "kv_bridge.safetensors"
 Loadable = str | PreTrainedModel | ModelConfig
 
@@ -56,13 +59,14 @@ class MultiTeacherKVTrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         args = args or MultiTeacherKVConfig()
+        set_seed(args.seed)  # before random students and projectors are drawn; Trainer does it again, too late
         args.remove_unused_columns = False
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         student, processing_class, chat = resolve_student(model, processing_class)
         reader = Reader(processing_class, chat)
         self.teachers = {name: resolve_teacher(name, t, processing_class) for name, t in (teachers or {}).items()}
-        check_control(args)
+        check_arguments(args)
         shape = kv_shape(student) if self.teachers else None
         if peft_config is not None:
             from peft import get_peft_model
@@ -125,9 +129,13 @@ class MultiTeacherKVTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """All losses of one micro-batch; called outside training, its cross-entropy alone."""
+        """All losses of one micro-batch; outside training, its cross-entropy alone."""
         labels, text = inputs["labels"], {k: inputs[k] for k in ("input_ids", "attention_mask")}
         tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        if not model.training:
+            outputs = model(**text, use_cache=False)
+            loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
+            return (loss, outputs) if return_outputs else loss
         signals = {name: t.signal(inputs["teachers"][name]) for name, t in self.teachers.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
         supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
@@ -216,7 +224,7 @@ class MultiTeacherKVTrainer(Trainer):
         super()._save(output_dir, state_dict=student)
         if trained_cache is not None:
             self.model.config.use_cache = trained_cache
-        if bridge and self.args.should_save:
+        if self.teachers and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / f"{BRIDGE_FILE}.tmp")
             (folder / f"{BRIDGE_FILE}.tmp").replace(folder / BRIDGE_FILE)
@@ -276,8 +284,15 @@ def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) ->
     return Teacher(model, Reader(tokenizer))
 
 
-def check_control(args: MultiTeacherKVConfig) -> None:
-    """Settings that would be silently inert or wrong."""
+def check_arguments(args: MultiTeacherKVConfig) -> None:
+    """Refuse, or warn about, settings that would be silently inert or wrong."""
+    relation = args.losses.get("kv_relation")
+    size = args.per_device_train_batch_size
+    if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:
+        logger.warning(
+            "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
+            "depends on how it is cut into micro-batches.", relation.samples, size,
+        )
     if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
         raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -139,7 +139,7 @@ class PaddedOtherwise(KVCollator):
             begin = self.starts(theirs["attention_mask"], extra)
             index = theirs["index"]
             index = self.move(torch.where(index >= 0, index + torch.tensor(begin)[:, None], -1), starts, self.extra, -1)
-            found["teachers"][name] = {**self.text(theirs, begin, extra), "index": index}
+            found["teachers"][name] = {**theirs, **self.text(theirs, begin, extra), "index": index}
         return found
 
     def starts(self, mask: Tensor, extra: int) -> list[int]:

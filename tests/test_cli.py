@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
 
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
+
+DEPRECATES = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +111,13 @@ def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.skipif(not DEPRECATES, reason="this version of transformers does not deprecate gradient_checkpointing")
+def test_deprecated_settings_work_and_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "validate", "r.yaml", "--training.gradient_checkpointing", "true")
+    assert code == 0 and out.startswith("ok r.yaml:") and err.count("\n") == 1
+    assert err.startswith("kv-trainer: warning: r.yaml: `gradient_checkpointing` is deprecated and will be removed")
+
+
 @pytest.mark.parametrize("arguments", [["train", "r.yaml"], ["evaluate", "student", "--recipe", "r.yaml"]])
 def test_user_errors_write_nothing(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     before = sorted(os.listdir())
@@ -112,6 +125,23 @@ def test_user_errors_write_nothing(capsys: pytest.CaptureFixture[str], arguments
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("kv-trainer: error: Unknown key 'training.sed' on the command line. Did you mean 'seed'?")
     assert sorted(os.listdir()) == before
+
+
+def test_whole_sections_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "validate", "--teachers", "null", "r.yaml", "--losses={kv_relation: null}")
+    assert (code, err) == (0, "") and out.endswith("teachers none; losses cross_entropy x 1\n")
+    code, _, err = run(capsys, "validate", "r.yaml", "--teachers")
+    assert code == 2 and "--teachers on the command line has no value" in err
+
+
+def test_the_recipe_is_saved_before_training_as_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
+    code, _, err = run(capsys, "train", "r.yaml", *alone, "--training.output_dir=out", "--resume")
+    assert code == 2 and "checkpoint" in err, "there is none to go on from, so nothing was trained"
+    saved = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert saved["teachers"] == {} and saved["training"]["output_dir"] == "out"
+    assert "dataloader_pin_memory" not in saved["training"], "the trainer's own choice on a CPU was not asked for"
+    assert os.listdir("out") == ["recipe.yaml"]
 
 
 def test_traceback_on_request() -> None:
@@ -127,6 +157,8 @@ def test_traceback_on_request() -> None:
         (["train", "--a.b=1", "r.yaml"], ["train", "r.yaml"], ["--a.b=1"]),
         (["evaluate", "m", "--recipe=x.yaml"], ["evaluate", "m", "--recipe=x.yaml"], []),
         (["train", "r.yaml", "--a.b", "--c.d", "1"], ["train", "r.yaml"], ["--a.b", "--c.d", "1"]),
+        (["validate", "--teachers", "null", "r.yaml"], ["validate", "r.yaml"], ["--teachers", "null"]),
+        (["train", "--data={path: x}", "--teacher=1"], ["train", "--teacher=1"], ["--data={path: x}"]),
     ],
 )
 def test_split_overrides(arguments: list[str], plain: list[str], overrides: list[str]) -> None:
@@ -169,3 +201,29 @@ def test_as_a_module(
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("kv_trainer", run_name="__main__")
     assert caught.value.code == code and tuple(capsys.readouterr()) == (out, err)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_do_not_wait_for_torch(option: str) -> None:
+    code = (
+        "import sys\n"
+        "from kv_trainer.cli import main\n"
+        "try:\n"
+        f"    main([{option!r}])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'rich'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "kv-trainer" in done.stdout
+
+
+def test_every_export_is_there_when_it_is_asked_for() -> None:
+    import kv_trainer
+
+    for name in kv_trainer.__all__:
+        assert getattr(kv_trainer, name) is not None and name in dir(kv_trainer), name
+    assert set(kv_trainer.HOMES) == set(kv_trainer.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match="module 'kv_trainer' has no attribute 'KVBrige'"):
+        kv_trainer.KVBrige  # noqa: B018

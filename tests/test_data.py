@@ -266,7 +266,7 @@ def test_rows_are_encoded_for_student_and_every_teacher(tiny_tokenizer):
     rows = Dataset.from_list(ROWS)
     found = encode_rows(rows, Reader(student), readers, DataConfig(), keep=keep)
     assert set(found.column_names) == {"input_ids", "labels", *keep} | {
-        f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index")
+        f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index", "supervised")
     }
     for row, given_row in zip(found, ROWS, strict=True):
         assert student.decode(row["prompt_ids"]) == given_row["prompt"]
@@ -323,7 +323,7 @@ def test_collator_pads_on_the_right_and_masks(tiny_tokenizer):
     rows = list(encode_rows(Dataset.from_list(ROWS), Reader(student), {"t": Reader(teacher)}, DataConfig()))
     batch = KVCollator(pad_token_id=0, teacher_pad_ids={"t": 7})(rows)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "teachers"}
-    assert set(batch["teachers"]["t"]) == {"input_ids", "attention_mask", "labels", "index"}
+    assert set(batch["teachers"]["t"]) == {"input_ids", "attention_mask", "labels", "index", "supervised"}
     check_padding(batch, rows, "", {"input_ids": 0, "labels": IGNORED})
     check_padding(batch["teachers"]["t"], rows, "t/", {"input_ids": 7, "labels": IGNORED})
     assert batch["teachers"]["t"]["index"].shape == batch["input_ids"].shape, "one teacher position a student position"

@@ -19,15 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kv_trainer import evaluation
 from kv_trainer.arguments import EvaluationConfig
-from kv_trainer.evaluation import (
-    ExactAnswer,
-    Perplexity,
-    evaluate_model,
-    extract_answer,
-    generate_texts,
-    normalize_answer,
-    sequence_nll,
-)
+from kv_trainer.evaluation import evaluate_model, generate_texts, sequence_nll
+from kv_trainer.metrics import ExactAnswer, Perplexity, extract_answer, normalize_answer
 
 PATTERN = r"####\s*(.+)"
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", *"0123456789", "####"]
@@ -163,7 +156,7 @@ def test_metrics_leave_nothing_in_the_home_and_ask_no_network(tmp_path: Path) ->
         "import socket\n"
         "def refuse(*a, **k): raise OSError('network')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-        "from kv_trainer.evaluation import ExactAnswer, Perplexity\n"
+        "from kv_trainer.metrics import ExactAnswer, Perplexity\n"
         "assert ExactAnswer().compute(predictions=['a'], references=['a'])['accuracy'] == 1\n"
         "assert Perplexity().compute(nll=[0.0], tokens=[1])['perplexity'] == 1\n"
     )

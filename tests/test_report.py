@@ -17,9 +17,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from kv_trainer.arguments import DataConfig, MultiTeacherKVConfig, Recipe, StudentConfig, TeacherConfig
+from kv_trainer.curve import draw_curve
 from kv_trainer.hub import write_model_card
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
-from kv_trainer.report import axes_that_differ, draw_curve, format_count, print_header, print_results
+from kv_trainer.report import axes_that_differ, format_count, print_header, print_results
 from kv_trainer.types import KVShape
 
 STUDENT = KVShape("llama", 6, 3, 64, 1e5, 49_152, 49_600_000)

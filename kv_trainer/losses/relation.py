@@ -12,13 +12,13 @@ from .base import DistillationLoss, LossInputs, heard, masked_mean, stacked
 
 
 def gram(x: Tensor, mask: Tensor) -> Tensor:
-    """Cosines between centred positions.
+    """Cosines between the centred positions of each group.
 
-    x [N, P, C], mask [P]; returns [N, P, P], zero in the rows and columns that the mask leaves out, and in those of
-    positions that differ from the mean by rounding alone: they have no direction.
+    x [N, Q, P, C], mask [Q, P]; returns [N, Q, P, P], zero in the rows and columns that the mask leaves out, and in
+    those of positions that differ from the mean by rounding alone: they have no direction.
     """
-    where = mask[None, :, None]
-    centred = (x.float() - masked_mean(x.float(), where, 1).unsqueeze(1)) * where
+    where = mask[None, :, :, None]
+    centred = (x.float() - masked_mean(x.float(), where, 2).unsqueeze(2)) * where
     norm = centred.norm(dim=-1, keepdim=True)
     unit = torch.where(norm > 1e-5 * x.float().norm(dim=-1, keepdim=True), centred / norm.clamp_min(1e-12), 0)
     return unit @ unit.transpose(-1, -2)
@@ -57,7 +57,7 @@ class KVRelationLoss(DistillationLoss):
     """
 
     parts: Literal["keys", "values", "both"] = "both"
-    samples: int = 8
+    samples: int = 1
     max_positions: int = 512
 
     requires: ClassVar[frozenset[str]] = frozenset({"student_kv", "teacher_kv"})
@@ -75,33 +75,48 @@ class KVRelationLoss(DistillationLoss):
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
         # [M, B, T]: how much each teacher counts at each position.
         shares = heard(inputs) * inputs.weights[:, :, None]
-        states = [stacked(s, parts) for s in (inputs.student, *inputs.teachers.values())]
-        total: Tensor | float = 0.0
-        for start in range(0, shares.shape[1], self.samples):
-            rows = slice(start, start + self.samples)
-            group = shares[:, rows].flatten(1)
-            total = total + len(shares[0, rows]) * self._group([x[:, rows].flatten(1, 2) for x in states], group)
-        return total / inputs.num_samples
-
-    def _group(self, states: list[Tensor], shares: Tensor) -> Tensor:
-        """The term of one group. states: student, then teachers, [N, P, C]; shares [M, P]."""
-        if shares.shape[1] > self.max_positions:
-            chosen = pick_positions((shares > 0).any(0)[None], self.max_positions)[0]
-            states, shares = [x[:, chosen] for x in states], shares[:, chosen]
-        student, *teachers = states
+        samples = shares.shape[1]
+        groups = -(-samples // self.samples)
+        shares = grouped(shares, groups, self.samples)
+        student, *teachers = (
+            grouped(stacked(s, parts), groups, self.samples) for s in (inputs.student, *inputs.teachers.values())
+        )
+        if student.shape[2] > self.max_positions:
+            chosen = pick_positions((shares > 0).any(0), self.max_positions)
+            shares = shares.gather(2, chosen.expand(len(shares), -1, -1))
+            student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
         target, weight = fuse(teachers, shares)
-        difference = weight * (gram(student, (shares > 0).any(0)) - target).square()
-        return (difference.sum((1, 2)) / (weight * target.square()).sum((1, 2)).clamp_min(1e-6)).mean()
+        difference = (weight * (gram(student, (shares > 0).any(0)) - target).square()).sum((2, 3))
+        energy = (weight * target.square()).sum((2, 3))
+        # Without any relation in the target (one position, or equal ones) the group teaches nothing.
+        relative = difference / energy.clamp_min(1e-6) * (energy > 1e-6)
+        # A group counts as many times as it has samples; only the last one can be incomplete.
+        sizes = torch.full((groups,), float(self.samples), device=relative.device)
+        sizes[-1] = samples - self.samples * (groups - 1)
+        return (relative.mean(0) * sizes).sum() / inputs.num_samples
 
 
 @torch.no_grad()
 def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean Gram matrix [N, P, P], and the weight of each pair [P, P], zero on the diagonal."""
-    total: Tensor | float = 0.0
-    weight: Tensor | float = 0.0
+    """The weighted mean Gram matrix [N, Q, P, P], and the weight of each pair [Q, P, P], zero on the diagonal."""
+    total = weight = shares.new_zeros(())
     for x, share in zip(teachers, shares, strict=True):
-        pair = (share[:, None] * share[None]).sqrt()
+        pair = (share[:, :, None] * share[:, None]).sqrt()
         total = total + gram(x, share > 0) * pair
         weight = weight + pair
     target = total / weight.clamp_min(1e-12)
-    return target, weight.fill_diagonal_(0)
+    weight.diagonal(dim1=1, dim2=2).zero_()
+    return target, weight
+
+
+def grouped(x: Tensor, groups: int, size: int) -> Tensor:
+    """[N, B, T, ...] -> [N, groups, size * T, ...]; the last group is filled up with zeros."""
+    missing = groups * size - x.shape[1]
+    if missing:
+        x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+    return x.unflatten(1, (groups, size)).flatten(2, 3)
+
+
+def take_positions(x: Tensor, index: Tensor) -> Tensor:
+    """Select positions: x [N, Q, P, C], index [Q, K] -> [N, Q, K, C]."""
+    return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))

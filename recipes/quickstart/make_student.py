@@ -1,4 +1,4 @@
-"""Write student/: the tokenizer (two digits to a token) and the config of the student. It has no weights.
+"""Write student/: the student's config, and its tokenizer, where a space joins what follows it. It has no weights.
 
 python recipes/quickstart/make_student.py
 """
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     rows = [json.loads(line) for line in (HERE / "data" / "train.jsonl").open()]
     texts = [row["prompt"] + row["completion"] for row in rows]
-    tokenizer = byte_level_tokenizer(texts, r" ?[A-Z]|\d{1,2}| ?[a-z]+| ?#+|.", 200)
+    tokenizer = byte_level_tokenizer(texts, r" ?[A-Z]| ?\d| ?[a-z]+| ?#+|.", 120)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=4, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 2e4},

@@ -22,5 +22,6 @@ def byte_level_tokenizer(texts: list[str], split: str, merges: int) -> PreTraine
         vocab_size=len(special) + len(alphabet) + merges, special_tokens=special,
         initial_alphabet=alphabet, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-                                   eos_token="</s>", model_max_length=LIMIT, clean_up_tokenization_spaces=False)
+    # Bytes are never unknown; the name keeps Qwen2's own class from adding an unknown token outside the model's rows.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<pad>", model_max_length=LIMIT, clean_up_tokenization_spaces=False)

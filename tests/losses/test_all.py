@@ -21,6 +21,12 @@ def defaults(name: str) -> DistillationLoss:
     return LOSSES[name]()
 
 
+def one_by_one(name: str) -> DistillationLoss:
+    """The loss with every sample on its own, where it has a knob for that."""
+    grouped = "samples" in {field.name for field in dataclasses.fields(LOSSES[name])}
+    return LOSSES[name](**({"samples": 1} if grouped else {}))
+
+
 @every_loss
 def test_is_documented(name: str) -> None:
     """A docstring with shapes and needs, and a source for what another paper proposed."""
@@ -102,11 +108,17 @@ def test_unaligned_teacher_positions_do_not_count(name: str, direction: str) -> 
 
 @every_loss
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
-def test_micro_batches_add_up(name: str, direction: str) -> None:
-    """One sample at a time, with the counts of the whole step, sums to the whole step."""
-    inputs = random_inputs(samples=4, direction=direction)
-    parts = [defaults(name)(map_inputs(inputs, lambda x, i=i: x[i : i + 1])) for i in range(4)]
-    torch.testing.assert_close(sum(parts), defaults(name)(inputs), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_add_up(name: str, direction: str, size: int) -> None:
+    """Some samples at a time, with the counts of the whole step, sum to the whole step.
+
+    A loss that relates samples to each other has a knob for how many, `samples`; they stay in one micro-batch.
+    """
+    grouped = "samples" in {field.name for field in dataclasses.fields(LOSSES[name])}
+    loss = LOSSES[name](**({"samples": size} if grouped else {}))
+    inputs = random_inputs(samples=5, direction=direction)
+    parts = [loss(map_inputs(inputs, lambda x, i=i: x[i : i + size])) for i in range(0, 5, size)]
+    torch.testing.assert_close(sum(parts), loss(inputs), rtol=1e-5, atol=1e-6)
 
 
 @every_loss
@@ -163,10 +175,11 @@ EDGES = {
 @every_loss
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges_stay_finite(name: str, edge: str, direction: str) -> None:
+@pytest.mark.parametrize("make", [defaults, one_by_one])
+def test_edges_stay_finite(name: str, edge: str, direction: str, make) -> None:
     """Values and gradients stay finite and of a sane size: no sample may swamp the step."""
     inputs = EDGES[edge](random_inputs(direction=direction))
-    loss = defaults(name)
+    loss = make(name)
     value, grads = loss(inputs), gradients(loss, inputs)
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
     if edge != "huge":  # a squared error of a huge student is huge

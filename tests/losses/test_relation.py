@@ -3,65 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from helpers_losses import leaves, pad, random_inputs, states
+from helpers_losses import leaves, pad, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kv_trainer.losses import KVRelationLoss, LossInputs
-from kv_trainer.losses.relation import gram, pick_positions, take_positions
-from kv_trainer.types import KVStates
+from kv_trainer.losses.relation import fuse, gram, pick_positions
 
 PARTS = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
+Position = tuple[int, int]  # sample, place in it
 
 
-def naive_gram(rows: Tensor, positions: list[int]) -> dict[tuple[int, int], Tensor]:
-    """Cosines of all pairs, after centring over `positions`; rows [T, C]."""
-    mean = sum(rows[t] for t in positions) / len(positions)
-    centred = {t: rows[t] - mean for t in positions}
+def naive_gram(x: Tensor, positions: list[Position]) -> dict[tuple[Position, Position], Tensor]:
+    """Cosines of all pairs, after centring over `positions`; x [B, H, T, D]."""
+    rows = {(b, t): x[b, :, t].reshape(-1).double() for b, t in positions}
+    mean = sum(rows.values()) / len(rows)
+    centred = {at: row - mean for at, row in rows.items()}
     return {
-        (s, t): (centred[s] @ centred[t]) / (centred[s].norm() * centred[t].norm())
-        for s in positions
-        for t in positions
-        if s != t
+        (i, j): (centred[i] @ centred[j]) / (centred[i].norm() * centred[j].norm())
+        for i in positions
+        for j in positions
+        if i != j
     }
 
 
-def rows(x: Tensor) -> Tensor:
-    """[H, T, D] -> [T, H * D], position by position."""
-    return torch.stack([x[:, t].reshape(-1) for t in range(x.shape[1])]).double()
-
-
-def naive(inputs: LossInputs, parts: str) -> Tensor:
+def naive(inputs: LossInputs, parts: str, samples: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     pieces = [(part, layer) for part in PARTS[parts] for layer in range(inputs.student.num_layers)]
-    for b in range(len(inputs.labels)):
-        masks = [t.mask[b].tolist() for t in inputs.teachers.values()]
-        anywhere = [t for t in range(len(masks[0])) if any(mask[t] for mask in masks)]
+    count, length = inputs.labels.shape
+    for first in range(0, count, samples):
+        group = range(first, min(first + samples, count))
+        aligned = [[(b, t) for b in group for t in range(length) if kv.mask[b, t]] for kv in inputs.teachers.values()]
+        anywhere = sorted({at for positions in aligned for at in positions})
         for part, layer in pieces:
-            ours = naive_gram(rows(getattr(inputs.student, part)[layer][b]), anywhere)
+            ours = naive_gram(getattr(inputs.student, part)[layer], anywhere)
             theirs = [
-                naive_gram(rows(getattr(teacher, part)[layer][b]), [t for t, counts in enumerate(mask) if counts])
-                for teacher, mask in zip(inputs.teachers.values(), masks, strict=True)
+                naive_gram(getattr(kv, part)[layer], positions)
+                for kv, positions in zip(inputs.teachers.values(), aligned, strict=True)
             ]
             error, energy = 0.0, 0.0
-            for pair, value in ours.items():
-                said = [(w, g[pair]) for w, g in zip(inputs.weights[:, b], theirs, strict=True) if pair in g]
+            for (i, j), value in ours.items():
+                trust = [(w[i[0]] * w[j[0]]).sqrt() for w in inputs.weights.double()]
+                said = [(w, g[i, j]) for w, g in zip(trust, theirs, strict=True) if (i, j) in g]
                 if said:  # a mean over the teachers in which both positions are aligned
-                    target = sum(w * g for w, g in said) / sum(w for w, _ in said)
-                    error, energy = error + (value - target) ** 2, energy + target**2
-            total = total + error / energy / len(pieces)
+                    weight = sum(w for w, _ in said)
+                    target = sum(w * g for w, g in said) / weight
+                    error, energy = error + weight * (value - target) ** 2, energy + weight * target**2
+            total = total + len(group) * error / energy / len(pieces)
     return total / inputs.num_samples
 
 
+@pytest.mark.parametrize("samples", [1, 2, 8])
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_the_loop_with_its_gradients(seed: int, parts: str) -> None:
-    inputs = random_inputs(seed, samples=2, teachers=((3, 4), (1, 5), (2, 2)))
-    ours, theirs = KVRelationLoss(parts=parts)(inputs), naive(inputs, parts)
+def test_equals_the_loop_with_its_gradients(parts: str, samples: int) -> None:
+    """Three samples: one by one, a pair and a rest, or all in one group."""
+    inputs = random_inputs(4, samples=3, length=5, teachers=((3, 4), (1, 5), (2, 2)))
+    ours, theirs = KVRelationLoss(parts=parts, samples=samples)(inputs), naive(inputs, parts, samples)
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
     points = leaves(inputs)[1:]
     options = {"allow_unused": True, "materialize_grads": True}
@@ -135,28 +137,47 @@ def test_sees_the_order_of_positions() -> None:
 
 
 def test_fusion_is_the_weighted_mean_entry_by_entry() -> None:
-    inputs = random_inputs(samples=2, length=5, layers=1, teachers=((3, 4), (1, 5)))
-    masks = torch.stack([t.mask for t in inputs.teachers.values()])
-    stacks = [torch.stack([t.keys[0].transpose(1, 2).flatten(2)]) for t in inputs.teachers.values()]
-    target, pairs = KVRelationLoss._fuse(stacks, masks, inputs.weights)
-    grams = [gram(x, mask) for x, mask in zip(stacks, masks, strict=True)]
-    for b in range(2):
-        for s in range(5):
-            for t in range(5):
-                said = [(float(inputs.weights[m, b]), float(grams[m][0, b, s, t])) for m in range(2)
-                        if masks[m, b, s] and masks[m, b, t]]  # fmt: skip
-                mean = sum(w * g for w, g in said) / sum(w for w, _ in said) if said else 0.0
-                assert float(target[0, b, s, t]) == pytest.approx(mean, abs=1e-5)
-                assert bool(pairs[b, s, t]) == (bool(said) and s != t)
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn((2, 6, width), generator=generator) for width in (12, 5)]
+    shares = torch.tensor([[0.2, 0.2, 0.2, 0.7, 0.7, 0.0], [0.8, 0.8, 0.0, 0.3, 0.0, 0.0]])  # 0: not aligned
+    target, weight = (x.squeeze(-3) for x in fuse([x[:, None] for x in stacks], shares[:, None]))
+    grams = [gram(x[:, None], share[None] > 0)[:, 0] for x, share in zip(stacks, shares, strict=True)]
+    for i in range(6):
+        for j in range(6):
+            trust = [math.sqrt(share[i] * share[j]) for share in shares]
+            assert float(weight[i, j]) == pytest.approx(0 if i == j else sum(trust), abs=1e-6)
+            for n in range(2):
+                said = sum(w * float(g[n, i, j]) for w, g in zip(trust, grams, strict=True))
+                assert float(target[n, i, j]) == pytest.approx(said / sum(trust) if said else 0, abs=1e-5)
 
 
 def test_the_same_teacher_twice_is_one_teacher() -> None:
     inputs = random_inputs(teachers=((3, 4), (3, 4)))
     inputs.teachers["t1"] = inputs.teachers["t0"]
+    inputs.weights = torch.tensor([[0.3], [0.7]]).expand(2, len(inputs.labels))
     alone = dataclasses.replace(
         inputs, teachers={"t0": inputs.teachers["t0"]}, weights=torch.ones(1, len(inputs.labels))
     )
     torch.testing.assert_close(KVRelationLoss()(inputs), KVRelationLoss()(alone))
+
+
+def test_a_pair_that_no_teacher_is_trusted_with_does_not_count() -> None:
+    """Each of two teachers is trusted with one sample alone: no relation between the two samples is taught."""
+    inputs = random_inputs(samples=2, length=4, layers=1, teachers=((3, 4), (1, 5)))
+    inputs.weights = torch.eye(2)
+    seen = fuse([torch.randn(1, 1, 8, 3)] * 2, torch.eye(2).repeat_interleave(4, 1)[:, None])[1][0]
+    assert (seen[:4, 4:] == 0).all() and (seen[4:, :4] == 0).all() and (seen.sum() == 2 * 4 * 3)
+    assert KVRelationLoss()(inputs).isfinite()
+
+
+def test_relations_across_samples_are_seen_in_a_group_alone() -> None:
+    """A student whose samples are shifted apart has the same relations in each, and others between them."""
+    inputs = random_inputs()
+    apart = torch.arange(len(inputs.labels)).view(-1, 1, 1, 1) * 5.0
+    changed = dataclasses.replace(inputs, student=inputs.student.map(lambda x: x + apart))
+    alone, group = KVRelationLoss(samples=1), KVRelationLoss(samples=8)
+    torch.testing.assert_close(alone(changed), alone(inputs), rtol=1e-4, atol=1e-5)
+    assert (group(changed) - group(inputs)).abs() > 0.01
 
 
 def test_the_order_of_teachers_does_not_count() -> None:
@@ -203,51 +224,48 @@ def test_samples_pick_for_themselves() -> None:
     assert pick_positions(mask, 3).tolist()[1][:2] == [1, 4]
 
 
-def test_take_positions() -> None:
-    x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
-    index = torch.tensor([[3, 0], [1, 1], [2, 3]])
-    taken = take_positions(x, index)
-    assert all(torch.equal(taken[n, b, p], x[n, b, index[b, p]]) for n in range(2) for b in range(3) for p in range(2))
-
-
-@pytest.mark.parametrize("limit", [6, 7, 512])
-def test_a_limit_that_no_sample_reaches_changes_nothing(limit: int) -> None:
-    inputs = random_inputs(length=6)
-    torch.testing.assert_close(KVRelationLoss(max_positions=limit)(inputs), KVRelationLoss()(inputs), rtol=0, atol=0)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_limit_that_no_group_reaches_changes_nothing(samples: int) -> None:
+    """At the limit, above it, and where padding alone is above it."""
+    inputs = random_inputs(samples=3, length=6)
+    full = KVRelationLoss(samples=samples)(inputs)
+    for limit in (6 * samples, 6 * samples + 1, 512):
+        loss = KVRelationLoss(samples=samples, max_positions=limit)
+        torch.testing.assert_close(loss(inputs), full, rtol=0, atol=0)
+        torch.testing.assert_close(loss(pad(inputs, 4, 9, 1.0)), full, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=20)
-@given(limit=st.integers(2, 14), left=st.integers(0, 6), right=st.integers(0, 6), seed=st.integers(0, 5))
-def test_under_a_limit_padding_changes_nothing(limit: int, left: int, right: int, seed: int) -> None:
+@given(
+    limit=st.integers(2, 30), left=st.integers(0, 6), right=st.integers(0, 6), seed=st.integers(0, 5),
+    samples=st.integers(1, 4),
+)  # fmt: skip
+def test_under_a_limit_padding_changes_nothing(limit: int, left: int, right: int, seed: int, samples: int) -> None:
     inputs = random_inputs(seed, length=9)
-    loss = KVRelationLoss(max_positions=limit)
+    loss = KVRelationLoss(max_positions=limit, samples=samples)
     torch.testing.assert_close(loss(pad(inputs, left, right, -7.0)), loss(inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_a_limit_takes_just_the_picked_positions() -> None:
+    """Every sample on its own here; the rest of the positions masked everywhere is the same."""
     inputs = random_inputs(length=9)
     chosen = pick_positions(torch.stack([t.mask for t in inputs.teachers.values()]).any(0), 4)
-
-    def cut(kv: KVStates) -> KVStates:
-        index = chosen[:, None, :, None]
-        return kv.map(lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])), kv.mask.gather(1, chosen))
-
+    kept = torch.zeros_like(inputs.labels, dtype=torch.bool).scatter(1, chosen, True)
     few = dataclasses.replace(
-        inputs, student=cut(inputs.student), teachers={n: cut(t) for n, t in inputs.teachers.items()}
+        inputs, teachers={n: dataclasses.replace(t, mask=t.mask & kept) for n, t in inputs.teachers.items()}
     )
-    torch.testing.assert_close(KVRelationLoss(max_positions=4)(inputs), KVRelationLoss()(few))
+    torch.testing.assert_close(KVRelationLoss(max_positions=4, samples=1)(inputs), KVRelationLoss(samples=1)(few))
 
 
-def test_fewer_than_two_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_positions is 1"):
-        KVRelationLoss(max_positions=1)
+@pytest.mark.parametrize(("knob", "value"), [("max_positions", 1), ("samples", 0)])
+def test_impossible_settings_are_refused(knob: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{knob} is {value}"):
+        KVRelationLoss(**{knob: value})
 
 
 def test_gram_is_zero_outside_the_mask_and_one_on_its_diagonal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.tensor([[True, False, True, True]])
-    kv = states(generator, 1, 1, (2, 3), mask)
-    found = gram(torch.stack([kv.keys[0].transpose(1, 2).flatten(2)]), mask)[0, 0]
-    assert (found[1] == 0).all() and (found[:, 1] == 0).all()
-    torch.testing.assert_close(found.diagonal()[mask[0]], torch.ones(3))
-    torch.testing.assert_close(found, found.T)
+    mask = torch.tensor([True, False, True, True])
+    found = gram(torch.randn((2, 1, 4, 6), generator=torch.Generator().manual_seed(0)), mask[None])[:, 0]
+    assert (found[:, 1] == 0).all() and (found[:, :, 1] == 0).all()
+    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2)[:, mask], torch.ones(2, 3))
+    torch.testing.assert_close(found, found.mT)
