@@ -114,7 +114,10 @@ class KVBridge(nn.Module):
 
     def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> KVStates:
         """One teacher at the student's layers and positions: [B, Ht, T, Dt] a student layer. mask: [B, T]."""
-        mapped = take(self.layer_maps[name].apply(signal.kv), signal.index)
+        index = signal.index if signal.rows is None else signal.index[signal.rows]
+        mapped = take(self.layer_maps[name].apply(signal.kv), index)
+        if signal.rows is not None:
+            mapped = spread_rows(mapped, signal.rows, len(mask))
         aligned = mapped.mask & mask.bool()
         if self.control.shuffle == "rows":
             return mapped.map(lambda x: x.roll(1, 0), mask=aligned.roll(1, 0) & mask.bool())
@@ -141,3 +144,12 @@ class KVBridge(nn.Module):
         nll = torch.stack([s.nll for s in given.signals.values()]) if self.needs_likelihood else None
         weights = teacher_weights(self.fusion, self.given, nll, given.labels)
         return weights.roll(1, 1) if self.control.shuffle == "rows" else weights
+
+
+def spread_rows(states: KVStates, rows: Tensor, samples: int) -> KVStates:
+    """States of some samples [b, ...] as those of a whole batch [B, ...]: zero and masked in the others."""
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
+
+    return states.map(spread, mask=spread(states.mask))

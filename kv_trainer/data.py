@@ -192,7 +192,7 @@ def encode_rows(
 ) -> Dataset:
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
-    Columns: input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and
+    Columns: row (its number), input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and
     `<teacher>/supervised`; plus those of `keep` ('prompt_ids', 'task', 'answer') that evaluation needs.
     """
     if isinstance(rows, IterableDataset):
@@ -203,10 +203,10 @@ def encode_rows(
         template = getattr(config, name)
         return template.format(**row) if template else row.get(name) if name in columns else None
 
-    def encode_row(row: dict[str, Any]) -> dict[str, Any]:
+    def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         example = example_of(row, config)
         ours = encode(example, student, config.max_length, config.train_on_prompt)
-        result: dict[str, Any] = {"input_ids": ours.input_ids, "labels": ours.labels}
+        result: dict[str, Any] = {"row": number, "input_ids": ours.input_ids, "labels": ours.labels}
         for name, reader in teachers.items():
             theirs = encode(example, reader, config.max_length, config.train_on_prompt)
             result[f"{name}/input_ids"] = theirs.input_ids
@@ -218,7 +218,7 @@ def encode_rows(
         result.update({name: extra[name] for name in keep})
         return result
 
-    encoded = rows.map(encode_row, remove_columns=rows.column_names, desc="Encoding rows")
+    encoded = rows.map(encode_row, with_indices=True, remove_columns=rows.column_names, desc="Encoding rows")
     supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels")
     if len(supervised) < len(encoded):
         without = len(encoded) - len(supervised)
@@ -236,7 +236,7 @@ def aligned_share(encoded: Dataset, teacher: str, rows: int = 200) -> float:
 
 @dataclass
 class KVCollator:
-    """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; the same, index, supervised a teacher.
+    """Pads encoded rows to a batch: row [B]; input_ids, attention_mask, labels [B, T]; those and index a teacher.
 
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere.
     """
@@ -246,6 +246,8 @@ class KVCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows])
         batch["teachers"] = {
             name: {
                 **text_batch(rows, f"{name}/", pad),
@@ -269,7 +271,5 @@ def text_batch(rows: Sequence[Mapping[str, Any]], prefix: str, pad: int) -> dict
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """[B, longest] long tensor."""
-    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-    return out
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)

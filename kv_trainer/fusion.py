@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .arguments import FusionConfig
 
+MIN_SHARE = 1e-3
+
 
 def check_fusion(config: FusionConfig, given: Sequence[float]) -> None:
     """ValueError for settings that give no shares. given: the recipe's teacher weights."""
@@ -35,11 +37,15 @@ def confidence(nll: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     return torch.softmax(-nll / tokens.clamp_min(1) / temperature, dim=0)
 
 
-def teacher_weights(
-    config: FusionConfig, given: Sequence[float], nll: Tensor | None, labels: Tensor
-) -> Tensor:
-    """[M, B] shares that sum to one over teachers. labels: [B, T] of the student."""
+def teacher_weights(config: FusionConfig, given: Sequence[float], nll: Tensor | None, labels: Tensor) -> Tensor:
+    """[M, B] shares that sum to one over teachers. labels: [B, T] of the student.
+
+    A share below MIN_SHARE becomes exactly zero, so that such a teacher need not run on such a sample at all.
+    """
     if config.method == "fixed" or len(given) == 1:
-        return fixed(given, len(labels), labels.device)
-    assert nll is not None, "confidence needs every teacher's likelihood"
-    return confidence(nll, (labels != -100).sum(1), config.temperature)
+        share = fixed(given, len(labels), labels.device)
+    else:
+        assert nll is not None, "confidence needs every teacher's likelihood"
+        share = confidence(nll, (labels != -100).sum(1), config.temperature)
+    share = torch.where(share < MIN_SHARE, 0.0, share)
+    return share / share.sum(0)

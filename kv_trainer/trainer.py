@@ -22,7 +22,7 @@ from .data import KVCollator, Reader, encode_rows
 from .evaluation import evaluate_model
 from .losses import CrossEntropy, KVRelationLoss, LossInputs
 from .models import load_pretrained, load_student, load_tokenizer
-from .teachers import Teacher
+from .teachers import Teacher, TeacherPanel
 
 logger = logging.getLogger(__name__)
 BRIDGE_FILE = "kv_bridge.safetensors"
@@ -84,6 +84,7 @@ class MultiTeacherKVTrainer(Trainer):
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
             eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=("prompt_ids", "task", "answer"))
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
+        self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
         self._samples_in_step: Tensor | float = 1.0
         self._terms: dict[str, Tensor] = {}
         self._steps_since_log = 0
@@ -136,7 +137,7 @@ class MultiTeacherKVTrainer(Trainer):
             outputs = model(**text, use_cache=False)
             loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
             return (loss, outputs) if return_outputs else loss
-        signals = {name: t.signal(inputs["teachers"][name]) for name, t in self.teachers.items()}
+        signals = self.panel.signals(inputs) if self.teachers else {}
         progress = self.state.global_step / max(1, self.state.max_steps)
         supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
         with self.bridge.supervise(supervision):
@@ -282,6 +283,14 @@ def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) ->
             "(model, tokenizer)."
         )
     return Teacher(model, Reader(tokenizer))
+
+
+def numbered_rows(dataset: Dataset | None) -> int:
+    """How many row numbers an encoded data set uses. ValueError if two rows share one, as in a concatenation."""
+    numbers = list(dataset["row"]) if dataset is not None and "row" in dataset.column_names else []
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("Two rows of train_dataset have the same number; concatenate rows before they are encoded.")
+    return 1 + max(numbers, default=-1)
 
 
 def check_arguments(args: MultiTeacherKVConfig) -> None:

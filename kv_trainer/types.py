@@ -62,8 +62,10 @@ class TeacherSignal:
     kv: states in the teacher's own coordinates.
     index: [B, T] long, the teacher position aligned with each student position, -1 where there is none.
     nll: [B] float, negative log-likelihood of the supervised text summed over the sample (nats), or None.
+    rows: [b] long, the samples of the batch that kv holds, in order; None for all of them.
     """
 
     kv: KVStates
     index: Tensor
     nll: Tensor | None = None
+    rows: Tensor | None = None

@@ -265,7 +265,7 @@ def test_rows_are_encoded_for_student_and_every_teacher(tiny_tokenizer):
     keep = ("prompt_ids", "task", "answer")
     rows = Dataset.from_list(ROWS)
     found = encode_rows(rows, Reader(student), readers, DataConfig(), keep=keep)
-    assert set(found.column_names) == {"input_ids", "labels", *keep} | {
+    assert set(found.column_names) == {"row", "input_ids", "labels", *keep} | {
         f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index", "supervised")
     }
     for row, given_row in zip(found, ROWS, strict=True):
@@ -322,7 +322,7 @@ def test_collator_pads_on_the_right_and_masks(tiny_tokenizer):
     student, teacher = tiny_tokenizer(40), tiny_tokenizer(0)
     rows = list(encode_rows(Dataset.from_list(ROWS), Reader(student), {"t": Reader(teacher)}, DataConfig()))
     batch = KVCollator(pad_token_id=0, teacher_pad_ids={"t": 7})(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "teachers"}
+    assert set(batch) == {"row", "input_ids", "attention_mask", "labels", "teachers"}
     assert set(batch["teachers"]["t"]) == {"input_ids", "attention_mask", "labels", "index", "supervised"}
     check_padding(batch, rows, "", {"input_ids": 0, "labels": IGNORED})
     check_padding(batch["teachers"]["t"], rows, "t/", {"input_ids": 7, "labels": IGNORED})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_trainer.arguments import FusionConfig
-from kv_trainer.fusion import check_fusion, confidence, fixed, teacher_weights
+from kv_trainer.fusion import MIN_SHARE, check_fusion, confidence, fixed, teacher_weights
 
 CPU = torch.device("cpu")
 NLL = torch.tensor([[6.0, 1.0, 8.0], [3.0, 1.0, 2.0]])  # two teachers, three samples
@@ -72,7 +72,10 @@ def test_an_offset_common_to_all_teachers_does_not_count() -> None:
 
 def test_teacher_weights_follow_the_recipe() -> None:
     ours = teacher_weights(FusionConfig("confidence", 0.7), [1.0, 1.0], NLL, LABELS)
-    torch.testing.assert_close(ours, confidence(NLL, torch.tensor([3, 2, 1]), 0.7))
+    exact = confidence(NLL, torch.tensor([3, 2, 1]), 0.7)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=2 * MIN_SHARE)
+    assert (ours == 0).equal(exact < MIN_SHARE) and (ours == 0).any(), "a share that small is none"
+    torch.testing.assert_close(ours.sum(0), torch.ones(3))
     ours = teacher_weights(FusionConfig("fixed"), [1.0, 3.0], None, LABELS)
     torch.testing.assert_close(ours, torch.tensor([[0.25] * 3, [0.75] * 3]))
 

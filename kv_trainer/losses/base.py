@@ -86,4 +86,4 @@ def heard(inputs: LossInputs) -> Tensor:
 def stacked(states: KVStates, parts: tuple[str, ...]) -> Tensor:
     """Keys and/or values of all layers as one [N, B, T, H * D] tensor, N = parts x layers."""
     tensors = [t for part in parts for t in getattr(states, part)]
-    return torch.stack([t.transpose(1, 2).flatten(2) for t in tensors])
+    return torch.stack([t.transpose(1, 2).flatten(2) for t in tensors]).float()

@@ -8,20 +8,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, LossInputs, heard, masked_mean, stacked
+from .base import DistillationLoss, LossInputs, heard, stacked
 
 
-def gram(x: Tensor, mask: Tensor) -> Tensor:
-    """Cosines between the centred positions of each group.
+def directions(x: Tensor, length: Tensor) -> Tensor:
+    """Centred positions of each group at a given length; of unit length, their products are cosines.
 
-    x [N, Q, P, C], mask [Q, P]; returns [N, Q, P, P], zero in the rows and columns that the mask leaves out, and in
-    those of positions that differ from the mean by rounding alone: they have no direction.
+    x [N, Q, P, C], length [Q, P], 0 = masked; returns [N, Q, P, C], zero also where a position differs from the mean
+    by rounding alone: it has no direction. Few passes over x: this is all that the loss costs.
     """
-    where = mask[None, :, :, None]
-    centred = (x.float() - masked_mean(x.float(), where, 2).unsqueeze(2)) * where
-    norm = centred.norm(dim=-1, keepdim=True)
-    unit = torch.where(norm > 1e-5 * x.float().norm(dim=-1, keepdim=True), centred / norm.clamp_min(1e-12), 0)
-    return unit @ unit.transpose(-1, -2)
+    mask = length > 0
+    share = mask / mask.sum(1, keepdim=True).clamp_min(1)
+    mean = torch.einsum("qp,nqpc->nqc", share.to(x.dtype), x).unsqueeze(2)
+    centred = x - mean
+    norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    floor = 1e-5 * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
+    return centred * torch.where(norm > floor, length[None, :, :, None] / norm.clamp_min(1e-12), 0.0)
 
 
 def pick_positions(mask: Tensor, count: int) -> Tensor:
@@ -86,10 +88,11 @@ class KVRelationLoss(DistillationLoss):
             shares = shares.gather(2, chosen.expand(len(shares), -1, -1))
             student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
         target, weight = fuse(teachers, shares)
-        difference = (weight * (gram(student, (shares > 0).any(0)) - target).square()).sum((2, 3))
-        energy = (weight * target.square()).sum((2, 3))
+        ours = directions(student, (shares > 0).any(0).float())
+        difference = (ours @ ours.mT) * weight - target
+        energy = target.square().sum((2, 3))
         # Without any relation in the target (one position, or equal ones) the group teaches nothing.
-        relative = difference / energy.clamp_min(1e-6) * (energy > 1e-6)
+        relative = difference.square().sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
         # A group counts as many times as it has samples; only the last one can be incomplete.
         sizes = torch.full((groups,), float(self.samples), device=relative.device)
         sizes[-1] = samples - self.samples * (groups - 1)
@@ -98,15 +101,18 @@ class KVRelationLoss(DistillationLoss):
 
 @torch.no_grad()
 def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean Gram matrix [N, Q, P, P], and the weight of each pair [Q, P, P], zero on the diagonal."""
-    total = weight = shares.new_zeros(())
-    for x, share in zip(teachers, shares, strict=True):
-        pair = (share[:, :, None] * share[:, None]).sqrt()
-        total = total + gram(x, share > 0) * pair
-        weight = weight + pair
-    target = total / weight.clamp_min(1e-12)
+    """The mean Gram matrix, and the weight, of each pair, both with the square root of the weight as a factor.
+
+    teachers: [N, Q, P, C_m] each; shares [M, Q, P]. A pair's weight is W = sum over m of sqrt(share_i share_j), its
+    mean cosine sum of sqrt(share_i share_j) cos_m / W. Returns sqrt(W) mean [N, Q, P, P] and sqrt(W) [Q, P, P], zero
+    on the diagonal. Scaling the directions by sqrt(share) makes both sums one product over all teachers' channels.
+    """
+    root = shares.sqrt()
+    scaled = torch.cat([directions(x, r) for x, r in zip(teachers, root)], dim=-1)
+    weight = torch.einsum("mqi,mqj->qij", root, root)
     weight.diagonal(dim1=1, dim2=2).zero_()
-    return target, weight
+    weight = weight.sqrt()
+    return (scaled @ scaled.mT) * torch.where(weight > 0, 1 / weight.clamp_min(1e-12), 0), weight
 
 
 def grouped(x: Tensor, groups: int, size: int) -> Tensor:

@@ -13,10 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kv_trainer.losses import KVRelationLoss, LossInputs
-from kv_trainer.losses.relation import fuse, gram, pick_positions
+from kv_trainer.losses.relation import directions, fuse, pick_positions
 
 PARTS = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
 Position = tuple[int, int]  # sample, place in it
+
+
+def gram(x: Tensor, mask: Tensor) -> Tensor:
+    """Cosines [N, P, P] between the centred positions of one group: x [N, P, C], mask [P]."""
+    unit = directions(x[:, None], mask[None].float())[:, 0]
+    return unit @ unit.mT
 
 
 def naive_gram(x: Tensor, positions: list[Position]) -> dict[tuple[Position, Position], Tensor]:
@@ -141,13 +147,14 @@ def test_fusion_is_the_weighted_mean_entry_by_entry() -> None:
     stacks = [torch.randn((2, 6, width), generator=generator) for width in (12, 5)]
     shares = torch.tensor([[0.2, 0.2, 0.2, 0.7, 0.7, 0.0], [0.8, 0.8, 0.0, 0.3, 0.0, 0.0]])  # 0: not aligned
     target, weight = (x.squeeze(-3) for x in fuse([x[:, None] for x in stacks], shares[:, None]))
-    grams = [gram(x[:, None], share[None] > 0)[:, 0] for x, share in zip(stacks, shares, strict=True)]
+    target, weight = target / weight.clamp_min(1e-12), weight.square()
+    grams = [gram(x, share > 0) for x, share in zip(stacks, shares, strict=True)]
     for i in range(6):
         for j in range(6):
             trust = [math.sqrt(share[i] * share[j]) for share in shares]
             assert float(weight[i, j]) == pytest.approx(0 if i == j else sum(trust), abs=1e-6)
             for n in range(2):
-                said = sum(w * float(g[n, i, j]) for w, g in zip(trust, grams, strict=True))
+                said = 0 if i == j else sum(w * float(g[n, i, j]) for w, g in zip(trust, grams, strict=True))
                 assert float(target[n, i, j]) == pytest.approx(said / sum(trust) if said else 0, abs=1e-5)
 
 
@@ -265,7 +272,7 @@ def test_impossible_settings_are_refused(knob: str, value: int) -> None:
 
 def test_gram_is_zero_outside_the_mask_and_one_on_its_diagonal() -> None:
     mask = torch.tensor([True, False, True, True])
-    found = gram(torch.randn((2, 1, 4, 6), generator=torch.Generator().manual_seed(0)), mask[None])[:, 0]
+    found = gram(torch.randn((2, 4, 6), generator=torch.Generator().manual_seed(0)), mask)
     assert (found[:, 1] == 0).all() and (found[:, :, 1] == 0).all()
     torch.testing.assert_close(found.diagonal(dim1=1, dim2=2)[:, mask], torch.ones(2, 3))
     torch.testing.assert_close(found, found.mT)
