@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers_trainer import ROWS, PaddedOtherwise, World, assert_same_run, curve, weights
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from kv_trainer.arguments import ControlConfig, ProjectorConfig, TeacherConfig
+from kv_trainer.arguments import ControlConfig, FusionConfig, ProjectorConfig, TeacherConfig
 from kv_trainer.data import text_batch
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
+from kv_trainer.teachers import Teacher
 from kv_trainer.trainer import BRIDGE_FILE, MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -170,7 +171,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, start, kind: str, tmp_pat
     whole.train()
     resumed = start(kind, **options)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
-    assert_same_run(whole, resumed, tolerance=0)
+    # Not to the last bit: a resumed run reads rows with all teachers until it knows their likelihoods again.
+    assert_same_run(whole, resumed)
     if "kv" in kind:
         assert any(not torch.equal(x, y) for x, y in zip(*bridge_files(whole, (2, 4)), strict=True)), "projectors learn"
 
@@ -255,6 +257,35 @@ def test_without_projectors_the_bridge_file_is_empty(start) -> None:
     trainer = start("relation")
     trainer.save_model()
     assert load_file(Path(trainer.args.output_dir) / BRIDGE_FILE) == {}
+
+
+# ---- teachers that need not run
+
+
+@pytest.mark.parametrize("kind", ["relation", "kv to teacher", "kv to student"])
+def test_skipping_teachers_without_a_share_changes_nothing(run, start, monkeypatch, kind: str) -> None:
+    """At a low temperature one teacher has all of a row; from the second epoch on (step 4) no other reads it."""
+    sharp = {"fusion": FusionConfig("confidence", temperature=1e-3), "max_steps": 7}
+    read: list[int] = []
+    signal_of = Teacher.signal_of
+
+    def counted(self, batch, rows, nll):
+        read.append(len(rows))
+        return signal_of(self, batch, rows, nll)
+
+    monkeypatch.setattr(Teacher, "signal_of", counted)
+    skipping = run(kind, **sharp)
+    assert len(read) == 2 * 4, "two teachers in each step after the first epoch"
+    assert sum(read) < 2 * (10 + 4), "fewer rows than if both teachers read all"
+    full = start(kind, **sharp)
+    full.panel.signals = lambda batch: {n: t.signal(batch["teachers"][n]) for n, t in full.teachers.items()}
+    full.train()
+    assert_same_run(skipping, full)
+
+
+def test_rows_with_the_same_number_are_refused(start, world) -> None:
+    with pytest.raises(ValueError, match="have the same number"):
+        start("relation", rows=concatenate_datasets([world.encoded, world.encoded]))
 
 
 # ---- who learns, and how fast
