@@ -19,6 +19,7 @@ from .arguments import DataConfig
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
+EVALUATED = ("prompt_ids", "task", "answer")  # columns that evaluation needs beside ids and labels
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -193,7 +194,7 @@ def encode_rows(
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
     Columns: row (its number), input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and
-    `<teacher>/supervised`; plus those of `keep` ('prompt_ids', 'task', 'answer') that evaluation needs.
+    `<teacher>/supervised`; plus those of `keep`, for evaluation EVALUATED.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")

@@ -15,7 +15,7 @@ from .arguments import Recipe
 from .callbacks import peak_memory_mb
 from .capture import kv_shape
 from .curve import draw_curve
-from .data import Reader, aligned_share, encode_rows, load_split
+from .data import EVALUATED, Reader, aligned_share, encode_rows, load_split
 from .evaluation import evaluate_model
 from .models import load_tokenizer, same_tokenizer
 from .recipes import dump_recipe, write_text
@@ -104,7 +104,7 @@ def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=recipe.student.trust_remote_code))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
-    encoded = encode_rows(rows, reader, {}, data, keep=("prompt_ids", "task", "answer"))
+    encoded = encode_rows(rows, reader, {}, data, keep=EVALUATED)
     results = evaluate_model(student, tokenizer, encoded, recipe.args.evaluation)
     report.print_results(Console(), results, None, model)
     return results

@@ -18,7 +18,7 @@ from .arguments import ModelConfig, MultiTeacherKVConfig, StudentConfig, Teacher
 from .bridge import NAME, KVBridge, Supervision
 from .callbacks import LossTermsProgress, MetricsFile
 from .capture import kv_shape
-from .data import KVCollator, Reader, encode_rows
+from .data import EVALUATED, KVCollator, Reader, encode_rows
 from .evaluation import evaluate_model
 from .losses import CrossEntropy, KVRelationLoss, LossInputs
 from .models import load_pretrained, load_student, load_tokenizer
@@ -64,7 +64,7 @@ class MultiTeacherKVTrainer(Trainer):
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         student, processing_class, chat = resolve_student(model, processing_class)
-        reader = Reader(processing_class, chat)
+        self.reader = reader = Reader(processing_class, chat)
         self.teachers = {name: resolve_teacher(name, t, processing_class) for name, t in (teachers or {}).items()}
         check_arguments(args)
         shape = kv_shape(student) if self.teachers else None
@@ -82,7 +82,7 @@ class MultiTeacherKVTrainer(Trainer):
         if train_dataset is not None and "input_ids" not in train_dataset.column_names:
             train_dataset = encode_rows(train_dataset, reader, readers, args.data)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
-            eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=("prompt_ids", "task", "answer"))
+            eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
         self._samples_in_step: Tensor | float = 1.0
@@ -170,6 +170,8 @@ class MultiTeacherKVTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is nothing to evaluate: give eval_dataset.")
+        if isinstance(rows, Dataset) and "input_ids" not in rows.column_names:
+            rows = encode_rows(rows, self.reader, {}, self.args.data, keep=EVALUATED)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         found = evaluate_model(student, self.processing_class, rows, self.args.evaluation, progress)

@@ -296,6 +296,7 @@ def test_teacher_stops_at_the_deepest_layer_it_needs(tiny_model, tiny_tokenizer,
     model, batch = tiny_model(family), make_batch()
     del batch["position_ids"]
     batch |= {"labels": batch["input_ids"], "index": torch.zeros(2, 4, dtype=torch.long)}
+    batch |= {"supervised": (batch["labels"][:, 1:] != -100).sum(1)}
     calls: Counter[str] = Counter()
     for i, layer in enumerate(attention_layers(model)):
         layer.module.register_forward_pre_hook(lambda *_, name=f"layer {i}": calls.update([name]))
