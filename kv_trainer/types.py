@@ -13,13 +13,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class AttentionForm:
+    """How one attention layer makes logits of queries and keys: all that captured, unrotated q and k lack.
+
+    scaling: factor of q k^T. rotate: [B, H, S, D] before RoPE -> after it, at the positions of this batch; None for a
+    layer without RoPE. window: a query sees this many newest positions, itself included; None for all.
+    softcap: c tanh(logits / c) where given. sinks: [H_query] logits of a sink that takes mass, where the layer has it.
+    """
+
+    scaling: float
+    rotate: Callable[[Tensor], Tensor] | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class KVStates:
     """Keys and values of some layers of one model.
 
     keys, values: one [B, H, S, D] tensor a captured layer, keys before RoPE.
     mask: [B, S] bool, True where the position is real (not padding, and aligned once the states are mapped).
     layers: the index of each captured layer in the model; num_layers: how many layers the model has.
-    queries: one [B, H_query, S, D] tensor a captured layer, before RoPE, where they were asked for.
+    queries: one [B, H_query, S, D] tensor a captured layer, before RoPE, where they were asked for; attention: beside
+    them, how each of these layers makes logits.
+    hidden: where asked for, [B, S, C] tensors: the embeddings, then the output of each captured decoder layer.
     """
 
     keys: tuple[Tensor, ...]
@@ -28,6 +46,8 @@ class KVStates:
     layers: tuple[int, ...]
     num_layers: int
     queries: tuple[Tensor, ...] | None = None
+    attention: tuple[AttentionForm, ...] | None = None
+    hidden: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.keys) == len(self.values) == len(self.layers), "one key and one value tensor a layer"

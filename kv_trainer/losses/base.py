@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..types import KVStates
 
@@ -24,6 +25,15 @@ class LossInputs:
     teachers: name -> KVStates already at the student's layers and positions, [B, Ht, T, Dt], mask [B, T].
     weights: [M, B], share of each teacher in each sample, summing to one over M.
     projectors: name -> the teacher's trainable maps; empty where no loss needs them.
+    step, progress: optimizer steps done, and their share of the run (0 to 1).
+    student_hidden: L + 1 tensors [B, T, C] with gradient: the embeddings, then the output of every student layer.
+    teacher_hidden: name -> as many tensors [B, T, Ct], at the student's layers and positions, mask teachers[name].mask.
+    hidden_projectors: name -> L + 1 trainable maps from the student's width to the teacher's (identity where equal).
+    answer_positions: [B] long, the position whose logits predict the first token of the answer, -1 where unknown.
+    teacher_logits: name -> what the teacher predicts after each student position.
+    importance: "student" and/or "teacher" -> [B, T], attention mass that the answer pays to each position, no gradient.
+    attention: "student" -> and each teacher's name -> per student layer (queries, keys), [B, Hq, T, D], [B, H, T, D],
+    after RoPE, queries times the attention's scaling; a teacher's at the student's positions, without gradient.
     num_tokens, num_samples: supervised tokens and samples in the whole accumulated batch, over all ranks. Every
     loss divides by one of them, so a step is the same however it is cut into micro-batches.
     """
@@ -36,6 +46,30 @@ class LossInputs:
     teachers: dict[str, KVStates] = field(default_factory=dict)
     weights: Tensor | None = None
     projectors: dict[str, TeacherProjectors] = field(default_factory=dict)
+    step: int = 0
+    progress: float = 0.0
+    student_hidden: tuple[Tensor, ...] | None = None
+    teacher_hidden: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    hidden_projectors: dict[str, nn.ModuleList] = field(default_factory=dict)
+    answer_positions: Tensor | None = None
+    teacher_logits: dict[str, TeacherLogits] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    attention: dict[str, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher's next-token predictions, made a few positions at a time: never a full [B, T, V] tensor.
+
+    hidden: [B, T, Ct], the teacher's last hidden states at the student's positions, no gradient.
+    head: [n, Ct] -> [n, V_teacher], the teacher's own head with all that follows it (scaling, soft cap).
+    student_ids, teacher_ids: [V_shared] long, the tokens that both vocabularies hold; None where they are the same.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    student_ids: Tensor | None = None
+    teacher_ids: Tensor | None = None
 
 
 @dataclass
@@ -59,6 +93,11 @@ class DistillationLoss:
             raise ValueError(f"weight is {self.weight}; a loss weight must not be negative.")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; give a share of the run between 0 and 1.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What this loss, with these knobs, looks at; what no loss needs is never computed."""
+        return self.requires
 
     def weight_at(self, progress: float) -> float:
         """The weight when `progress` (0 to 1) of the optimizer steps are done."""
