@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from .fusion import Confidence, Fusion
 from .losses import CrossEntropy, DistillationLoss
 
 
@@ -49,10 +50,31 @@ class TokenAlignment:
 
 
 @dataclass
+class TimeAlignment:
+    """How positions of texts that differ are found (see alignment/time.py).
+
+    same_text: they are not; only text that both models read is aligned. linear: the whole sequence is resampled.
+    segment_aware: prompt, reasoning and answer each for itself, where their texts differ. rkv: the same, but of a
+    reasoning that differs, the positions that R-KV selects, layer by layer and head by head.
+    """
+
+    method: Literal["same_text", "linear", "segment_aware", "rkv"] = "same_text"
+    budget: int | None = field(
+        default=None, metadata={"help": "rkv: at most this many positions; default as many as the student reasons in."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.method != "rkv":
+            raise ValueError(f"budget is {self.budget}, but method {self.method} has no use for it; leave it out")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget is {self.budget}; give at least 1, or null for as many as the student has")
+
+
+@dataclass
 class LayerAlignment:
     """How teacher layers are found for student layers (see alignment/layers.py)."""
 
-    method: Literal["relative_depth", "nearest", "explicit"] = "relative_depth"
+    method: Literal["relative_depth", "nearest", "explicit", "cka"] = "relative_depth"
     map: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "explicit: teacher name -> one teacher layer for each student layer."}
     )
@@ -61,6 +83,7 @@ class LayerAlignment:
 @dataclass
 class AlignmentConfig:
     tokens: TokenAlignment = field(default_factory=TokenAlignment)
+    time: TimeAlignment = field(default_factory=TimeAlignment)
     layers: LayerAlignment = field(default_factory=LayerAlignment)
 
 
@@ -77,18 +100,11 @@ class ProjectorConfig:
 
 
 @dataclass
-class FusionConfig:
-    """How several teachers become one target (see fusion.py)."""
-
-    method: Literal["fixed", "confidence"] = "confidence"
-    temperature: float = 1.0
-
-
-@dataclass
 class DataConfig:
     """Where rows come from and which columns hold the text.
 
-    Rows are `prompt` + `completion`, `messages`, or `text`; any other columns go through the templates.
+    Rows are `prompt` + `completion`, `prompt` + `reasoning` + `answer`, `messages`, or `text`; any other columns go
+    through the templates.
     """
 
     path: str = field(default="", metadata={"help": "Hub name, folder, or .jsonl / .json / .parquet file."})
@@ -99,7 +115,15 @@ class DataConfig:
     response: str | None = field(default=None, metadata={"help": "Template such as '{answer}'."})
     task: str | None = field(default=None, metadata={"help": "Template of the task name; default the `task` column."})
     answer: str | None = field(default=None, metadata={"help": "Template of the answer; default the `answer` column."})
+    answer_markers: list[str] = field(
+        default_factory=lambda: ["</think>", "####"],
+        metadata={"help": "The first that a completion holds is where its answer begins, a closing tag before it."},
+    )
+    teacher_text: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "teacher name -> template of a completion of its own: '{solution}'."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, for student and teachers."})
+    truncation_side: Literal["right", "left"] = field(default="right", metadata={"help": "Where longer rows are cut."})
     train_on_prompt: bool = field(default=False, metadata={"help": "Cross-entropy on the prompt too."})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
@@ -127,16 +151,93 @@ class ControlConfig:
 
 
 @dataclass
+class FreezeConfig:
+    """Which trainable parameters rest for a part of the run (see callbacks/freezing.py); by default none does.
+
+    What `student.freeze` or PEFT froze is never unfrozen.
+    """
+
+    attention: bool = field(default=False, metadata={"help": "The student's attention modules rest at first."})
+    until_step: int | None = field(default=None, metadata={"help": "attention: the step at which they begin to move."})
+    layer_groups: int | None = field(default=None, metadata={"help": "Unfreeze the layers group by group."})
+    unfreeze_every: int | None = field(default=None, metadata={"help": "layer_groups: steps from group to group."})
+    order: Literal["top_down", "bottom_up"] = "top_down"
+    projectors_after: int | None = field(default=None, metadata={"help": "From this step on, kv_bridge rests."})
+
+    def __post_init__(self) -> None:
+        for name in ("until_step", "layer_groups", "unfreeze_every", "projectors_after"):
+            value, least = getattr(self, name), 2 if name == "layer_groups" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give {least} or more, or null.")
+        if self.attention != (self.until_step is not None):
+            raise ValueError("attention and until_step need each other; give both (attention: true), or neither.")
+        if (self.layer_groups is None) != (self.unfreeze_every is None):
+            raise ValueError("layer_groups and unfreeze_every need each other; give both, or neither.")
+        if self.order != "top_down" and self.layer_groups is None:
+            raise ValueError(f"order is {self.order}, which has no effect without layer_groups; leave it out.")
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop after `patience` evaluations in a row without a gain of more than `threshold`; by default never."""
+
+    patience: int | None = field(default=None, metadata={"help": "Evaluations without a gain; null for no stopping."})
+    threshold: float = field(default=0.0, metadata={"help": "Of training.metric_for_best_model, default eval_loss."})
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; give 1 or more evaluations, or null.")
+        if self.threshold < 0:
+            raise ValueError(f"threshold is {self.threshold}; it must not be negative.")
+        if self.threshold and self.patience is None:
+            raise ValueError(f"threshold is {self.threshold}, which has no effect without patience; give both.")
+
+
+@dataclass
+class AccumulationConfig:
+    """Accumulated micro-batches that grow over the run (see callbacks/accumulation.py); by default they do not."""
+
+    steps: list[int] = field(default_factory=list, metadata={"help": "Micro-batches a step, such as [1, 2, 4]."})
+    at: list[float] = field(default_factory=list, metadata={"help": "Share of the run where each begins, from 0."})
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.at):
+            raise ValueError(f"steps is {self.steps} and at is {self.at}; give as many of one as of the other.")
+        if any(a >= b for a, b in zip(self.steps, self.steps[1:])) or min(self.steps, default=1) < 1:
+            raise ValueError(f"steps is {self.steps}; give numbers that grow, from 1 or more.")
+        shares = [*self.at, 1.0]
+        if any(a >= b for a, b in zip(shares, shares[1:])) or self.at and self.at[0] != 0:
+            raise ValueError(f"at is {self.at}; give shares of the run that grow, the first 0, all below 1.")
+
+
+@dataclass
+class MonitorConfig:
+    """What is measured while training, beyond the loss terms."""
+
+    loss_scales_every: int = field(
+        default=0, metadata={"help": "Log every term's share of the gradient each so many steps; 0 = never."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss_scales_every < 0:
+            raise ValueError(f"loss_scales_every is {self.loss_scales_every}; give a number of steps, or 0 for never.")
+
+
+@dataclass
 class MultiTeacherKVConfig(TrainingArguments):
     """TrainingArguments plus what `MultiTeacherKVTrainer` needs to know; one object, as in TRL."""
 
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    fusion: FusionConfig = field(default_factory=FusionConfig)
+    fusion: Fusion = field(default_factory=Confidence)
     losses: dict[str, DistillationLoss] = field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    accumulation: AccumulationConfig = field(default_factory=AccumulationConfig)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +17,27 @@ from transformers.utils import ModelOutput
 
 from .alignment.heads import TeacherProjectors, auto_mlp_ratio
 from .alignment.layers import LayerMap, layer_map
-from .alignment.tokens import take
+from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .arguments import MultiTeacherKVConfig
+from .balance import Balance
 from .capture import KVCapture, require_gradient
-from .fusion import check_fusion, teacher_weights
-from .losses import DistillationLoss, LossInputs
+from .fusion import FusionInputs, Router, check_given, teacher_shares
+from .importance import importance
+from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
+from .teachers import TeacherNeeds
 from .types import KVShape, KVStates, TeacherSignal
+from .vocabulary import Head
 
 NAME = "kv_bridge"
+ROUTER_TERM = "router_entropy"
 
 
 @dataclass
 class Supervision:
-    """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step."""
+    """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step.
+
+    step, progress: optimizer steps done, and their share of the run. tasks, answer_positions: [B], where known.
+    """
 
     signals: Mapping[str, TeacherSignal]
     labels: Tensor
@@ -37,6 +45,9 @@ class Supervision:
     num_tokens: Tensor | float
     num_samples: Tensor | float
     progress: float = 0.0
+    step: int = 0
+    tasks: Tensor | None = None
+    answer_positions: Tensor | None = None
 
 
 class KVBridge(nn.Module):
@@ -44,54 +55,91 @@ class KVBridge(nn.Module):
 
     student, teachers: the models' shapes. args: losses, alignment, projector, fusion and control sections.
     given: each teacher's fixed fusion weight. After a supervised forward, `terms` holds the detached raw losses and
-    `weights` the teachers' shares [M, B].
+    `weights` the teachers' shares, [M, B] or [M, L, B].
     """
 
     def __init__(
         self, student: KVShape, teachers: Mapping[str, KVShape], args: MultiTeacherKVConfig, given: Sequence[float] = ()
     ) -> None:
         super().__init__()
-        self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.weight > 0}
-        self.requires = frozenset().union(*(loss.requires for loss in self.losses.values()))
-        self.fusion, self.control, self.given = args.fusion, args.control, list(given) or [1.0] * len(teachers)
-        check_fusion(self.fusion, self.given)
-        lonely = [name for name, loss in self.losses.items() if "teacher_kv" in loss.requires and not teachers]
-        if lonely:
+        self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.active}
+        self.requires = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        self.fusion, self.control = args.fusion, args.control
+        self.selects = args.alignment.time.method == "rkv"
+        check_given(given)
+        self.given = torch.tensor(list(given) or [1.0] * len(teachers))
+        lonely = [name for name, loss in self.losses.items() if needs_teacher(loss.needs)]
+        if lonely and not teachers:
             raise ValueError(f"losses.{lonely[0]} needs a teacher, but there is none; give teachers, or leave it out.")
+        self._check_target_space(args)
         explicit = args.alignment.layers.map or {}
+        method = args.alignment.layers.method
+        method = "relative_depth" if method == "cka" else method  # until calibration.py has matched them
         self.layer_maps: dict[str, LayerMap] = {
-            name: layer_map(args.alignment.layers.method, student.num_layers, shape.num_layers, explicit.get(name))
+            name: layer_map(method, student.num_layers, shape.layer_numbers, explicit.get(name))
             for name, shape in teachers.items()
         }
+        self.balance = Balance(self.losses)
         self.projectors = nn.ModuleDict()
-        if "projectors" in self.requires:
-            knobs = args.projector
-            for name, shape in teachers.items():
-                ratio = auto_mlp_ratio(shape.num_parameters) if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
-                self.projectors[name] = TeacherProjectors(
-                    student, shape, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio,
-                    dropout=knobs.dropout,
-                )
+        self.hidden_projectors = nn.ModuleDict()
+        for name, shape in teachers.items():
+            if "projectors" in self.requires:
+                self.projectors[name] = head_projectors(student, shape, args)
+            if "hidden_projectors" in self.requires:
+                self.hidden_projectors[name] = hidden_projectors(student, shape)
+        gated = isinstance(self.fusion, Router) and len(teachers) > 1
+        self.router = self.fusion.module(student, len(teachers)) if gated else None
+        # Filled by calibration.py and by the trainer.
+        self.task_nll: Tensor | None = None
+        self.prototypes: list[Tensor] = []
+        self.heads: dict[str, tuple[Head, Tensor | None, Tensor | None]] = {}
         self.terms: dict[str, Tensor] = {}
         self.weights: Tensor | None = None
         self._given: Supervision | None = None
         self._capture: KVCapture | None = None
+        self._states: KVStates | None = None
 
-    @property
-    def needs_likelihood(self) -> bool:
-        return self.fusion.method == "confidence" and len(self.layer_maps) > 1
+    def _check_target_space(self, args: MultiTeacherKVConfig) -> None:
+        """A fusion of targets needs a loss in which all teachers' targets live in one space."""
+        if not self.fusion.in_target_space:
+            return
+        apart = args.projector.direction == "student_to_teacher"
+        usable = {"kv_relation"} | ({"kv"} if not apart else set())
+        wrong = [n for n, loss in self.losses.items() if "teacher_kv" in loss.needs and n not in usable]
+        if not usable & set(self.losses) or (wrong == ["kv"] and apart):
+            raise ValueError(
+                "This fusion works on targets that all teachers share: it needs losses.kv_relation, or losses.kv with "
+                "projector.direction: teacher_to_student, and cannot serve losses.kv in the other direction."
+            )
+
+    def teacher_needs(self) -> TeacherNeeds:
+        return TeacherNeeds(
+            scores=bool(self.fusion.needs & {"nll", "entropy"}) and len(self.layer_maps) > 1,
+            final="teacher_logits" in self.requires,
+            queries="teacher_attention" in self.requires,
+            importance="teacher_importance" in self.requires,
+            hidden="teacher_hidden" in self.requires,
+            mass=self.selects and "teacher_kv" in self.requires,
+        )
+
+    def weighing(self, step: int) -> frozenset[str]:
+        """Whose attention weighs positions in this step: "student_importance", "teacher_importance"."""
+        found = (x for x in self.losses.values() if isinstance(x, LayerwiseLoss) and step >= x.attention_starts)
+        return frozenset().union(*(loss.needs - loss.requires for loss in found))
 
     def attach(self, student: nn.Module) -> None:
         """Become `student.kv_bridge`, and hook into its forward pass."""
-        if "student_kv" in self.requires:
-            self._capture = KVCapture(student)
+        queries = bool(self.requires & {"student_attention", "student_importance"})
+        hidden = "student_hidden" in self.requires
+        if "student_kv" in self.requires or queries or hidden or self.router is not None:
+            self._capture = KVCapture(student, queries=queries, hidden=hidden)
         student.add_module(NAME, self)
         student.register_forward_pre_hook(self._before)
         student.register_forward_hook(self._after)
 
     @contextmanager
     def supervise(self, supervision: Supervision) -> Iterator[None]:
-        """Inside the block, the student's next forward pass returns the total loss as `output.loss`."""
+        """Inside the block, the student's next forward pass returns `output.loss`, the total, and `output.terms`."""
         self._given = supervision
         try:
             yield
@@ -108,48 +156,108 @@ class KVBridge(nn.Module):
         states = None
         if self._capture is not None:
             states = self._capture.stop(self._given.attention_mask)
-            require_gradient(states)
-        output["loss"] = self(self._given, output.get("logits"), states)
+            if "student_kv" in self.requires:
+                require_gradient(states)
+        terms = self(self._given, output.get("logits"), states)
+        self._states = states
+        # Both are outputs, so that a wrapper that watches them for the backward pass finds every term.
+        output["terms"] = terms
+        output["loss"] = self.total(terms, self._given.progress)
         return output
 
-    def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> KVStates:
-        """One teacher at the student's layers and positions: [B, Ht, T, Dt] a student layer. mask: [B, T]."""
-        index = signal.index if signal.rows is None else signal.index[signal.rows]
-        mapped = take(self.layer_maps[name].apply(signal.kv), index)
-        if signal.rows is not None:
-            mapped = spread_rows(mapped, signal.rows, len(mask))
-        aligned = mapped.mask & mask.bool()
-        if self.control.shuffle == "rows":
-            return mapped.map(lambda x: x.roll(1, 0), mask=aligned.roll(1, 0) & mask.bool())
-        return replace(mapped, mask=aligned)
+    def total(self, terms: Mapping[str, Tensor], progress: float) -> Tensor:
+        """The weighted sum of all terms of one micro-batch."""
+        parts = [self.balance.of(n) * loss.weight_at(progress) * terms[n] for n, loss in self.losses.items()]
+        extra = [self.fusion.entropy * terms[ROUTER_TERM]] if ROUTER_TERM in terms else []
+        return torch.stack([*parts, *extra]).sum()
 
-    def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> Tensor:
-        """The weighted sum of all losses of one micro-batch."""
-        inputs = LossInputs(given.labels, given.num_tokens, given.num_samples, logits=logits, student=student)
+    def take_states(self) -> KVStates | None:
+        """The student's states of the last supervised forward, once: whoever takes them decides how long they live."""
+        states, self._states = self._states, None
+        return None if states is None else states.map(Tensor.detach)
+
+    def weight_now(self, name: str, progress: float) -> float:
+        """The factor of a term, as a number."""
+        return float(self.balance.of(name)) * self.losses[name].weight_at(progress)
+
+    def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> AlignedTeacher:
+        """One teacher at the student's layers and positions. mask: [B, T] of the student."""
+        wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
+        return align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
+
+    def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:
+        """Every raw term of one micro-batch."""
+        inputs = self.inputs(given, logits, student)
+        self.weights = None if inputs.weights is None else inputs.weights.detach()
+        terms = {name: loss(inputs) for name, loss in self.losses.items()}
+        if self.router is not None and inputs.weights is not None:
+            terms[ROUTER_TERM] = self.fusion.regulariser(inputs.weights).sum() / given.num_samples
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return terms
+
+    def inputs(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> LossInputs:
+        """All that the losses may look at."""
+        inputs = LossInputs(
+            given.labels, given.num_tokens, given.num_samples, logits=logits, student=student, fusion=self.fusion,
+            step=given.step, progress=given.progress, answer_positions=given.answer_positions,
+            student_hidden=None if student is None else student.hidden,
+            projectors=dict(self.projectors.items()), hidden_projectors=dict(self.hidden_projectors.items()),
+        )  # fmt: skip
         if given.signals:
             with torch.no_grad():
-                inputs.teachers = {n: self.align(n, s, given.attention_mask) for n, s in given.signals.items()}
-                inputs.weights = self._teacher_weights(given)
-            inputs.projectors = dict(self.projectors.items())
-        self.weights = inputs.weights
-        total = torch.zeros((), device=given.labels.device)
-        self.terms = {}
-        for name, loss in self.losses.items():
-            term = loss(inputs)
-            self.terms[name] = term.detach()
-            total = total + loss.weight_at(given.progress) * term
-        return total
+                aligned = {n: self.align(n, s, given.attention_mask) for n, s in given.signals.items()}
+            inputs.teachers = {n: a.kv for n, a in aligned.items()}
+            inputs.weights = self._shares(given, inputs)
+            self._fill(inputs, given, aligned)
+        return inputs
 
-    def _teacher_weights(self, given: Supervision) -> Tensor:
-        nll = torch.stack([s.nll for s in given.signals.values()]) if self.needs_likelihood else None
-        weights = teacher_weights(self.fusion, self.given, nll, given.labels)
-        return weights.roll(1, 1) if self.control.shuffle == "rows" else weights
+    def _shares(self, given: Supervision, inputs: LossInputs) -> Tensor:
+        signals, shuffled = list(given.signals.values()), self.control.shuffle == "rows"
+
+        def of_rows(x: Tensor | None) -> Tensor | None:
+            """Scores belong to the teacher's rows, as its states do."""
+            return x.roll(1, -1) if shuffled and x is not None else x
+
+        found = FusionInputs(
+            given=self.given.to(given.labels.device),
+            tokens=of_rows((given.labels != -100).sum(1)),
+            nll=of_rows(torch.stack([s.nll for s in signals])) if signals[0].nll is not None else None,
+            entropy=of_rows(torch.stack([s.entropy for s in signals])) if signals[0].entropy is not None else None,
+            tasks=of_rows(given.tasks), task_nll=self.task_nll, teachers=list(inputs.teachers.values()),
+            student=inputs.student, prototypes=self.prototypes, router=self.router,
+        )  # fmt: skip
+        return teacher_shares(self.fusion, found)
+
+    def _fill(self, inputs: LossInputs, given: Supervision, aligned: Mapping[str, AlignedTeacher]) -> None:
+        """What some loss needs beyond keys and values."""
+        assert inputs.weights is not None
+        inputs.teacher_hidden = {n: a.hidden for n, a in aligned.items() if a.hidden is not None}
+        for name, teacher in aligned.items():
+            if teacher.last is not None:
+                inputs.teacher_logits[name] = TeacherLogits(teacher.last, *self.heads[name])
+        weighing = self.weighing(given.step)
+        if "teacher_importance" in weighing:
+            share = inputs.weights.mean(1) if inputs.weights.dim() == 3 else inputs.weights
+            each = torch.stack([a.importance for a in aligned.values()])  # [M, B, T]
+            inputs.importance["teacher"] = (share.detach()[:, :, None] * each).sum(0)
+        if "student_importance" in weighing:
+            inputs.importance["student"] = importance(inputs.student, given.labels)
+        if "student_attention" in self.requires:
+            inputs.attention = {n: a.attention for n, a in aligned.items()}
+            inputs.attention["student"] = rotated_pairs(inputs.student)
 
 
-def spread_rows(states: KVStates, rows: Tensor, samples: int) -> KVStates:
-    """States of some samples [b, ...] as those of a whole batch [B, ...]: zero and masked in the others."""
+def head_projectors(student: KVShape, teacher: KVShape, args: MultiTeacherKVConfig) -> TeacherProjectors:
+    knobs = args.projector
+    ratio = auto_mlp_ratio(teacher.num_parameters) if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
+    return TeacherProjectors(
+        student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout
+    )
 
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
 
-    return states.map(spread, mask=spread(states.mask))
+def hidden_projectors(student: KVShape, teacher: KVShape) -> nn.ModuleList:
+    """For the embeddings and every student layer, a linear map to the teacher's width; none where they agree."""
+    same = student.hidden_size == teacher.hidden_size
+    maps = (nn.Identity() if same else nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
+            for _ in range(student.num_layers + 1))  # fmt: skip
+    return nn.ModuleList(maps)

@@ -1,185 +1,151 @@
-"""Keys and values of a model, before RoPE, taken from its projections while it runs.
+"""Keys and values of a model, before RoPE, taken from its projections while it runs; queries and hidden states too.
 
 A projection's output is the one place that every attention backend, training mode and cache policy shares: under
 gradient checkpointing `past_key_values` is None, sliding windows truncate it, and flash attention never shows K.
-The table LAYOUTS says where each kind of attention module keeps them; what is not in it is refused by name.
+Where each kind of attention module keeps them is the business of families.py.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .families import AttentionLayer, Parts, attention_layers
+from .forms import attention_form, check_form
 from .types import KVShape, KVStates
 
-Parts = dict[str, Tensor]  # "queries", "keys", "values" -> [B, H, S, D]
+__all__ = [
+    "KVCapture", "StopForward", "attention_layers", "capture_kv", "kv_shape", "require_gradient",
+]  # fmt: skip
+logger = logging.getLogger(__name__)
+EMBEDDINGS = -1  # the layer number of what the first decoder layer is given
 
 
 class StopForward(Exception):
     """Raised inside a teacher once its deepest layer that is needed has been recorded."""
 
 
-def split_heads(x: Tensor, head_dim: int, given: Tensor | None = None) -> Tensor:
-    """[B, S, H * D], [B, S, H, D] or [B, H, S, D] -> [B, H, S, D].
-
-    The two 4-D forms occur at the output of a q_norm / k_norm, and S may equal H; `given`, the norm's input, tells
-    them apart: a transposed view has the larger stride on its third axis. With one head both strides are D.
-    """
-    if x.dim() == 3:
-        return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    assert given is not None, "only a norm puts out four axes"
-    one_head = given.stride(1) == given.stride(2) and given.shape[1] == 1
-    return x if one_head or given.stride(1) < given.stride(2) else x.transpose(1, 2)
-
-
-def grouped_sizes(attention: nn.Module) -> tuple[int, int, int]:
-    """Query, key/value heads, and head width, of an attention module with a transformers config."""
-    config = attention.config
-    return config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-
-
-def from_qkv_proj(attention: nn.Module, out: Tensor) -> Parts:
-    """Phi-3: query, key and value channels one after the other."""
-    queries, pairs, width = grouped_sizes(attention)
-    parts = out.split((queries * width, pairs * width, pairs * width), dim=-1)
-    return {name: split_heads(x, width) for name, x in zip(("queries", "keys", "values"), parts, strict=True)}
-
-
-def from_c_attn(attention: nn.Module, out: Tensor) -> Parts:
-    """GPT-2: three equal blocks from one Conv1D."""
-    parts = out.chunk(3, dim=-1)
-    width = attention.head_dim
-    return {name: split_heads(x, width) for name, x in zip(("queries", "keys", "values"), parts, strict=True)}
-
-
-def from_neox(attention: nn.Module, out: Tensor) -> Parts:
-    """GPT-NeoX: query, key and value interleaved by head."""
-    parts = out.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
-    return dict(zip(("queries", "keys", "values"), parts, strict=True))
-
-
-FUSED: dict[str, tuple[str, Callable[[nn.Module, Tensor], Parts]]] = {
-    # class of the attention module -> its fused projection, and how to take it apart
-    "Phi3Attention": ("qkv_proj", from_qkv_proj),
-    "GPT2Attention": ("c_attn", from_c_attn),
-    "GPTNeoXAttention": ("query_key_value", from_neox),
-}
-SEPARATE = {
-    "queries": ("q_norm", "q_layernorm", "q_proj"),
-    "keys": ("k_norm", "k_layernorm", "k_proj"),
-    "values": ("v_norm", "v_proj"),
-}
-NORM_AFTER_ROPE = frozenset({"NanoChatAttention"})  # its norms put out rotated keys: take the projections
-TESTED = (
-    "Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral, Gemma, Gemma-2, Gemma-3, Phi-3, GPT-2, GPT-NeoX, OLMo-2, Cohere, "
-    "StarCoder2, Granite, StableLM"
-)
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention module, and its submodules that put out queries, keys and values."""
-
-    index: int
-    module: nn.Module
-
-    @property
-    def head_dim(self) -> int:
-        return self.module.head_dim if hasattr(self.module, "head_dim") else self.module.head_size
-
-    def sources(self) -> dict[str, nn.Module]:
-        """part -> submodule; a norm after the projection is the later and therefore the right one."""
-        if type(self.module).__name__ in FUSED:
-            return {"all": getattr(self.module, FUSED[type(self.module).__name__][0])}
-        late = type(self.module).__name__ in NORM_AFTER_ROPE
-        return {
-            part: next(
-                getattr(self.module, n)
-                for n in (names[-1:] if late else names)
-                if isinstance(getattr(self.module, n, None), nn.Module)
-            )
-            for part, names in SEPARATE.items()
-        }
-
-    def parts(self, name: str, given: Tensor, out: Tensor) -> Parts:
-        if name == "all":
-            return FUSED[type(self.module).__name__][1](self.module, out)
-        return {name: split_heads(out, self.head_dim, given)}
-
-
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The attention modules of a decoder, by layer. ValueError names a family that cannot be captured."""
-    found: dict[int, list[AttentionLayer]] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        separate = all(isinstance(getattr(module, n, None), nn.Module) for n in ("q_proj", "k_proj", "v_proj"))
-        known = type(module).__name__ in FUSED or (separate and hasattr(module, "head_dim"))
-        if isinstance(index, int) and known and not getattr(module, "is_cross_attention", False):
-            found.setdefault(index, []).append(AttentionLayer(index, module))
-    config = model.config.get_text_config()
-    missing = [i for i in range(config.num_hidden_layers) if len(found.get(i, ())) != 1]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: layers {missing} do not "
-            f"hold one set of query, key and value projections each. Tested families: {TESTED}; any other works if "
-            "each attention module has q_proj, k_proj, v_proj, head_dim and layer_idx."
-        )
-    return [found[i][0] for i in range(config.num_hidden_layers)]
-
-
 def kv_shape(model: PreTrainedModel) -> KVShape:
-    """The coordinates of a model's keys and values."""
+    """The coordinates of a model's keys and values; logs which layers of a hybrid model have none.
+
+    ValueError for a family that cannot be captured, or whose layers differ in heads or head width.
+    """
     config = model.config.get_text_config()
+    layers = attention_layers(model)
+    sizes = {(layer.kv_heads, layer.head_dim, layer.value_dim) for layer in layers}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{type(model).__name__} (model_type '{config.model_type}') has layers with unlike keys and values (heads, "
+            f"key width, value width): {sorted(sizes)}. Take a model whose layers agree."
+        )
+    heads, width, value_width = sizes.pop()
+    numbers = tuple(layer.index for layer in layers)
+    without = sorted(set(range(config.num_hidden_layers)) - set(numbers))
+    if without:
+        logger.warning("%s: layers %s have no keys and values (linear attention); skipped.", config.model_type, without)
     rope = getattr(config, "rope_parameters", None) or {}
     theta = rope.get("rope_theta") or next((r["rope_theta"] for r in rope.values() if isinstance(r, dict)), None)
     return KVShape(
         family=config.model_type,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=attention_layers(model)[0].head_dim,
+        num_layers=len(layers),
+        num_kv_heads=heads,
+        head_dim=width,
         rope_theta=theta,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         num_parameters=sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters()),
+        kv_layers=numbers if without else (),
+        value_dim=None if value_width == width else value_width,
     )
 
 
 class KVCapture:
-    """Records keys and values (and queries) of chosen layers in the forward passes between `start` and `stop`.
+    """Records keys and values of chosen layers in the forward passes between `start` and `stop`.
+
+    layers: their numbers in the model; default every layer that has keys and values. queries: also the queries, and
+    how each layer makes logits of them (ValueError for a family where that is not known). hidden: also the embeddings
+    and the output of every chosen decoder layer. What is not asked for installs no hook.
 
     The recomputation of gradient checkpointing runs in the backward pass, after `stop`, so nothing is recorded
     twice. Gradients flow through what was recorded under non-reentrant checkpointing only.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False) -> None:
-        every = attention_layers(model)
-        self.num_layers = len(every)
-        self.layers = tuple(range(len(every))) if layers is None else tuple(layers)
-        if not set(self.layers) <= set(range(len(every))):
-            raise ValueError(f"layers is {list(self.layers)}, but the model has layers 0 to {len(every) - 1}.")
-        self.wanted = ("queries", "keys", "values") if queries else ("keys", "values")
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False, hidden: bool = False
+    ) -> None:
+        every = {layer.index: layer for layer in attention_layers(model)}
+        self.num_layers = model.config.get_text_config().num_hidden_layers
+        self.layers = tuple(every) if layers is None else tuple(layers)
+        if not set(self.layers) <= set(every):
+            has = f"layers 0 to {self.num_layers - 1}"
+            has = has if len(every) == self.num_layers else f"keys and values in layers {list(every)} only"
+            raise ValueError(f"layers is {list(self.layers)}, but the model has {has}.")
+        self.queries, self.hidden = queries, hidden
         self.stop_early = False
-        self._recorded: dict[int, Parts] | None = None
-        self._handles = [
-            source.register_forward_hook(self._hook(every[i], name))
-            for i in self.layers
-            for name, source in every[i].sources().items()
-            if name == "all" or name in self.wanted
-        ]
+        self._every = every
+        self._recorded: dict[int, dict[str, Any]] | None = None
+        self._expected: dict[int, int] = {}
+        self._handles: list[Any] = []
+        for index in self.layers if queries else ():
+            check_form(every[index])
+        for index in dict.fromkeys(self.layers):
+            self._hook_layer(model, every[index])
+        if hidden:
+            first = decoder_layers(model, every[self.layers[0]])[0]
+            self._handles.append(first.register_forward_pre_hook(self._embeddings(first), with_kwargs=True))
+            self._expected[EMBEDDINGS] = 1
 
-    def _hook(self, layer: AttentionLayer, name: str) -> Callable[..., None]:
+    def _hook_layer(self, model: nn.Module, layer: AttentionLayer) -> None:
+        sources = {name: s for name, s in layer.sources().items() if name != "queries" or self.queries}
+        for name, source in sources.items():
+            self._handles.append(source.register_forward_hook(self._projection(layer, name)))
+        self._expected[layer.index] = len(sources) + self.queries + self.hidden
+        if self.queries:
+            self._handles.append(layer.module.register_forward_pre_hook(self._form(layer), with_kwargs=True))
+        if self.hidden:
+            decoder_layer = decoder_layers(model, layer)[layer.index]
+            self._handles.append(decoder_layer.register_forward_hook(self._output(layer.index)))
+
+    def _record(self, index: int, name: str, what: Any) -> None:
+        recorded = self._recorded
+        if recorded is None:
+            return
+        recorded.setdefault(index, {})[name] = what
+        if self.stop_early and all(len(recorded.get(i, ())) == n for i, n in self._expected.items()):
+            raise StopForward
+
+    def _projection(self, layer: AttentionLayer, name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            if self._recorded is None:
-                return
-            parts = self._recorded.setdefault(layer.index, {})
-            parts.update({k: v for k, v in layer.parts(name, args[0], out).items() if k in self.wanted})
-            done = layer.index == max(self.layers) and len(parts) == len(self.wanted)
-            if self.stop_early and done:
-                raise StopForward
+            if self._recorded is not None:
+                self._record(layer.index, name, layer.parts(name, args[0], out))
+
+        return record
+
+    def _form(self, layer: AttentionLayer) -> Callable[..., None]:
+        names = list(inspect.signature(type(layer.module).forward).parameters)[1:]
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._recorded is not None:
+                self._record(layer.index, "form", attention_form(layer, dict(zip(names, args)) | kwargs))
+
+        return record
+
+    def _output(self, index: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+            self._record(index, "hidden", out if isinstance(out, Tensor) else out[0])
+
+        return record
+
+    def _embeddings(self, first: nn.Module) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._record(EMBEDDINGS, "hidden", args[0] if args else kwargs["hidden_states"])
 
         return record
 
@@ -190,11 +156,28 @@ class KVCapture:
         """The states recorded since `start`; mask [B, S], True where the position is real."""
         recorded, self._recorded = self._recorded, None
         assert recorded is not None, "stop without start"
-        missing = [i for i in self.layers if len(recorded.get(i, {})) < len(self.wanted)]
+        missing = [i for i, n in self._expected.items() if len(recorded.get(i, ())) < n]
         if missing:
             raise ValueError(f"Layers {missing} did not run, so their keys and values were not captured.")
-        by_part = {name: tuple(recorded[i][name] for i in self.layers) for name in self.wanted}
-        return KVStates(mask=mask.bool(), layers=self.layers, num_layers=self.num_layers, **by_part)
+        layers = [self._finish(i, recorded[i]) for i in self.layers]
+        hidden = [recorded[i]["hidden"] for i in (EMBEDDINGS, *self.layers)] if self.hidden else None
+        return KVStates(
+            keys=tuple(parts["keys"] for parts in layers),
+            values=tuple(parts["values"] for parts in layers),
+            mask=mask.bool(),
+            layers=self.layers,
+            num_layers=self.num_layers,
+            queries=tuple(parts["queries"] for parts in layers) if self.queries else None,
+            attention=tuple(recorded[i]["form"] for i in self.layers) if self.queries else None,
+            hidden=tuple(hidden) if hidden else None,
+        )
+
+    def _finish(self, index: int, recorded: dict[str, Any]) -> Parts:
+        parts: Parts = {}
+        for name, found in recorded.items():
+            if name not in ("form", "hidden"):
+                parts.update(found)
+        return self._every[index].finish(parts)
 
     def close(self) -> None:
         self._recorded = None
@@ -202,13 +185,25 @@ class KVCapture:
             handle.remove()
 
 
+def decoder_layers(model: nn.Module, layer: AttentionLayer) -> nn.ModuleList:
+    """The list of decoder layers that an attention module is in."""
+    names = layer.path.split(".")
+    above = [model.get_submodule(".".join(names[:i])) for i in range(len(names))]
+    lists = [module for module in above if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} keeps no list of decoder layers; hidden states cannot be captured.")
+    return lists[0]
+
+
 @contextmanager
-def capture_kv(model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False) -> Iterator[KVCapture]:
+def capture_kv(
+    model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False, hidden: bool = False
+) -> Iterator[KVCapture]:
     """Capture one forward pass: ``with capture_kv(model) as capture: model(**batch); kv = capture.stop(mask)``.
 
     mask: [B, S] attention mask of the batch. The hooks are gone after the block, also after an error.
     """
-    capture = KVCapture(model, layers, queries)
+    capture = KVCapture(model, layers, queries, hidden)
     capture.start()
     try:
         yield capture

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, --section.key=value, --section null."
 OVERRIDDEN = re.compile(rf"--(\w[^=]*\.|({'|'.join(SECTIONS)})(=|$))")
+QUICK = "a trial run: 20 steps, 128 rows, 32 to evaluate on, no checkpoints, output_dir with -quick; overrides win"
 TRAIN = f"""{OVERRIDE}
 
 examples:
@@ -28,6 +29,7 @@ examples:
   kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv null --training.output_dir outputs/no_kv
   kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null
   kv-trainer train recipes/quickstart/two_teachers.yaml --resume
+  kv-trainer train recipes/quickstart/two_teachers.yaml --quick
   accelerate launch -m kv_trainer train recipes/quickstart/two_teachers.yaml
 """
 EVALUATE = f"""{OVERRIDE}
@@ -42,11 +44,12 @@ VALIDATE = f"""No weights are loaded and nothing is downloaded: only local confi
 examples:
   kv-trainer validate recipes/quickstart/*.yaml
   kv-trainer validate recipes/quickstart/two_teachers.yaml --student.chat true
+  kv-trainer validate recipes/quickstart/two_teachers.yaml --quick
 """
 
 
 def train(options: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load(options.recipe, overrides)
+    recipe = load(options.recipe, overrides, options.quick)
     from .run import train as run_train
 
     run_train(recipe, resume=options.resume)
@@ -66,7 +69,7 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     failed = False
     for path in options.recipes:
         try:
-            recipe = load(path, overrides)
+            recipe = load(path, overrides, options.quick)
             check_models(recipe)
         except (ValueError, OSError) as error:
             if options.traceback:
@@ -78,22 +81,33 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     return 2 if failed else 0
 
 
-def load(path: str, overrides: list[str]) -> Recipe:
-    """load_recipe, its warnings as one line each on stderr."""
+def load(path: str, overrides: list[str], quick: bool = False) -> Recipe:
+    """load_recipe, its warnings as one line each on stderr; a line of its own for a quick run."""
     from .recipes import load_recipe
 
     with warnings.catch_warnings(record=True) as caught:
         for category in (UserWarning, FutureWarning):  # ours, and what transformers calls deprecated
             warnings.simplefilter("default", category)
-        recipe = load_recipe(path, overrides)
+        recipe = load_recipe(path, overrides, quick)
     for warning in caught:
         print(f"kv-trainer: warning: {path}: {warning.message}", file=sys.stderr)
+    if quick and os.environ.get("RANK", "0") == "0":
+        print(describe_quick(recipe))
     return recipe
+
+
+def describe_quick(recipe: Recipe) -> str:
+    args, data = recipe.args, recipe.args.data
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    rows = [f"{data.max_train_samples or 'all'} rows to train on"]
+    rows += [f"{data.max_eval_samples or 'all'} to evaluate on"] if data.eval_split else []
+    saved = "no checkpoints" if args.save_strategy == "no" else "checkpoints"
+    return f"quick run of {recipe.path}: {length}, {', '.join(rows)}, {saved}, in {args.output_dir}"
 
 
 def summary(recipe: Recipe) -> str:
     teachers = [f"{name} ({teacher.model})" for name, teacher in recipe.teachers.items()]
-    losses = [f"{name} x {loss.weight:g}" for name, loss in recipe.args.losses.items()]
+    losses = [f"{name} x {loss.described_weight}" for name, loss in recipe.args.losses.items()]
     student = recipe.student.model or f"{recipe.student.config} (random weights)"
     return f"ok {recipe.path}: student {student}; teachers {', '.join(teachers) or 'none'}; losses {', '.join(losses)}"
 
@@ -153,12 +167,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(train, "Train the student of a recipe.", TRAIN)
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--quick", action="store_true", help=QUICK)
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     sub = command(evaluate, "Evaluate a model on the evaluation split of a recipe.", EVALUATE)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--recipe", required=True, metavar="RECIPE", help="a .yaml file")
     sub = command(validate, "Check recipes without training.", VALIDATE)
     sub.add_argument("recipes", metavar="RECIPE", nargs="+", help=".yaml files")
+    sub.add_argument("--quick", action="store_true", help=QUICK)
     return parser
 
 

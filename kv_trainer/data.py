@@ -3,64 +3,41 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from .alignment.tokens import BOS, EOS, Span, span_index
-from .arguments import DataConfig
+from .alignment.time import linear_indices, segment_indices
+from .alignment.tokens import BOS, Span, span_index
+from .arguments import DataConfig, TimeAlignment
+from .text import (
+    ANSWER,
+    IGNORED,
+    NONE,
+    REASONING,
+    Encoded,
+    Example,
+    Reader,
+    encode,
+    example_of,
+    filled,
+    teacher_example,
+)
 
 logger = logging.getLogger(__name__)
-IGNORED = -100
 EVALUATED = ("prompt_ids", "task", "answer")  # columns that evaluation needs beside ids and labels
+SEGMENTED = ("segment_aware", "rkv")  # time methods for which rows carry the segment of every position
+SEGMENT_TEXT = {REASONING: lambda example: example.reasoning, ANSWER: lambda example: example.answer}
+LOW = (
+    "Only %.0f%% of the student's positions are aligned with teacher %s: check that both read the same text (chat, "
+    "data.max_length); for texts that differ set alignment.time.method to segment_aware."
+)
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How one model reads a row: its tokenizer, and whether through its chat template."""
-
-    tokenizer: PreTrainedTokenizerBase
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        name = self.tokenizer.name_or_path
-        if not self.tokenizer.is_fast:
-            raise ValueError(f"The tokenizer {name} is a slow one, without character offsets; a fast one is needed.")
-        if self.chat and not self.tokenizer.chat_template:
-            raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row's text: turns before the answer, and the answer that is learned."""
-
-    turns: list[dict[str, str]]
-    completion: str
-
-    @property
-    def prompt(self) -> str:
-        return "\n".join(turn["content"] for turn in self.turns)
-
-
-@dataclass
-class Encoded:
-    """One row as one model reads it. spans: see alignment.tokens; labels -100 where not supervised.
-
-    supervised: tokens with a label before the row was cut to its longest length.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    spans: list[Span]
-    supervised: int = 0
 
 
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
@@ -77,143 +54,54 @@ def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
-def example_of(row: Mapping[str, Any], config: DataConfig) -> Example:
-    """Any of the row forms as an Example. ValueError names the columns a row lacks."""
-    if config.prompt is not None and config.response is None:
-        raise ValueError("data.prompt is a template, but data.response is not given; say which column is learned.")
-    if config.response is not None:
-        try:
-            prompt, completion = (config.prompt or "").format(**row), config.response.format(**row)
-        except KeyError as error:
-            raise ValueError(f"A data template names the column {error}, but the rows have {', '.join(row)}.") from None
-        return Example([{"role": "user", "content": prompt}] if prompt else [], completion)
-    if "prompt" in row and "completion" in row:
-        return Example([{"role": "user", "content": row["prompt"]}], row["completion"])
-    if "messages" in row:
-        *turns, last = row["messages"]
-        if last["role"] != "assistant":
-            raise ValueError(f"The last of a row's messages is by '{last['role']}'; it must be the assistant's answer.")
-        return Example([dict(turn) for turn in turns], last["content"])
-    if "text" in row:
-        return Example([], row["text"])
-    raise ValueError(
-        f"Rows have the columns {', '.join(row)}; give prompt + completion, messages or text, or the templates "
-        "data.prompt and data.response."
-    )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a part of the row lies in the text one model reads, in characters.
-
-    Segment n is turn n, the last one is the completion. lead: characters that a template stripped from its front.
-    """
-
-    segment: int
-    start: int
-    end: int
-    lead: int = 0
-
-
-def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
-    """The text a model reads, and the places of the row's own parts in it; the rest is the template's."""
-    parts = [*(turn["content"] for turn in example.turns), example.completion]
-    if not reader.chat:
-        between = ["", *["\n"] * (len(example.turns) - 1), *([""] if example.turns else []), ""]
-        return assemble(between, parts, [0] * len(parts))
-    turns = [*example.turns, {"role": "assistant", "content": example.completion}]
-    text = reader.tokenizer.apply_chat_template(turns, tokenize=False)
-    # The template run on marks instead of parts shows what it puts between them.
-    marks = [f"\ue000{chr(0xE100 + i)}" for i in range(len(turns))]
-    marked = reader.tokenizer.apply_chat_template(
-        [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)], tokenize=False
-    )
-    between = re.split("|".join(marks), marked)
-    stripped = [part.strip() for part in parts]
-    lead = [len(part) - len(part.lstrip()) for part in parts]
-    for cores, leads in ((parts, [0] * len(parts)), (stripped, lead)):
-        if len(between) == len(parts) + 1:
-            candidate, places = assemble(between, cores, leads)
-            if candidate == text:
-                return text, places
-    raise ValueError(
-        f"The chat template of {reader.tokenizer.name_or_path} changes the text of a row ({text[:80]!r}...), so its "
-        "tokens cannot be matched with another model's; set chat: false."
-    )
-
-
-def assemble(between: Sequence[str], parts: Sequence[str], leads: Sequence[int]) -> tuple[str, list[Place]]:
-    text, places = between[0], []
-    for segment, (part, after, lead) in enumerate(zip(parts, between[1:], leads, strict=True)):
-        places.append(Place(segment, len(text), len(text) + len(part), lead))
-        text += part + after
-    return text, places
-
-
-def encode(example: Example, reader: Reader, max_length: int, train_on_prompt: bool = False) -> Encoded:
-    """Token ids, labels on the completion (and on the prompt if asked), and the span of every token."""
-    text, places = render(example, reader)
-    # Where the completion starts in this model's text. A template's closing marks after it are learned too.
-    begin = 0 if train_on_prompt else places[-1].start
-    tokenizer = reader.tokenizer
-    marks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    out = tokenizer(text, add_special_tokens=not reader.chat, **marks)
-    ids, spans, labels = list(out["input_ids"]), [], []
-    for token, (start, end), special in zip(ids, out["offset_mapping"], out["special_tokens_mask"], strict=True):
-        if special and not reader.chat:
-            # An end token that the tokenizer puts there by itself is learned like the one added below.
-            last = bool(spans) and token == tokenizer.eos_token_id
-            spans.append(EOS if last else BOS if token == tokenizer.bos_token_id else None)
-            labels.append(token if last else IGNORED)
-            continue
-        spans.append(locate(start, end, places))
-        # A token across the border is learned: it is what must follow the tokens before it, and else it would give
-        # the answer's first characters away in `prompt_ids`.
-        labels.append(token if end > begin else IGNORED)
-    eos = tokenizer.eos_token_id
-    if eos is not None and not reader.chat and (not ids or ids[-1] != eos):
-        ids.append(eos)
-        spans.append(EOS)
-        labels.append(eos)
-    supervised = sum(label != IGNORED for label in labels)
-    return Encoded(ids[:max_length], labels[:max_length], spans[:max_length], supervised)
-
-
-def locate(start: int, end: int, places: Sequence[Place]) -> Span:
-    """A token's place in the row's parts, by where it ends; None where that is template text."""
-    for place in places:
-        if place.start < end <= place.end:
-            shift = place.lead - place.start
-            return (place.segment, start + shift, end + shift)
-    return None
-
-
 def encode_rows(
-    rows: Dataset, student: Reader, teachers: Mapping[str, Reader], config: DataConfig, keep: Sequence[str] = ()
+    rows: Dataset,
+    student: Reader,
+    teachers: Mapping[str, Reader],
+    config: DataConfig,
+    keep: Sequence[str] = (),
+    time: TimeAlignment | None = None,
 ) -> Dataset:
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
-    Columns: row (its number), input_ids, labels, and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and
-    `<teacher>/supervised`; plus those of `keep`, for evaluation EVALUATED.
+    Columns: row (its number), input_ids, labels, answer_position (see text.Encoded), task (a number, see `task_names`;
+    where rows have one), and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and `<teacher>/supervised`;
+    plus those of `keep`, for evaluation EVALUATED, where task is the text. index is of ints under time `same_text` and
+    of floats else. `segment_aware` and `rkv` add segments and `<teacher>/segments`, and `rkv` adds `<teacher>/rank`:
+    for a student position whose index is -1 because its reasoning differs, which of the teacher's selected reasoning
+    positions, in time order, it is taught; -1 elsewhere. The longest rank + 1 is the row's budget.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
+    time = time or TimeAlignment()
+    check_teacher_text(config, teachers, time)
     columns = set(rows.column_names)
 
     def text_of(row: Mapping[str, Any], name: str) -> str | None:
         template = getattr(config, name)
-        return template.format(**row) if template else row.get(name) if name in columns else None
+        return filled(template, row) if template else row.get(name) if name in columns else None
+
+    def encode_as(example: Example, reader: Reader) -> Encoded:
+        return encode(example, reader, config.max_length, config.train_on_prompt, config.truncation_side)
 
     def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         example = example_of(row, config)
-        ours = encode(example, student, config.max_length, config.train_on_prompt)
+        ours = encode_as(example, student)
         result: dict[str, Any] = {"row": number, "input_ids": ours.input_ids, "labels": ours.labels}
+        result["answer_position"] = ours.answer_position
+        if time.method in SEGMENTED:
+            result["segments"] = ours.segments
+        if config.task or "task" in columns:
+            result["task"] = text_of(row, "task")
         for name, reader in teachers.items():
-            theirs = encode(example, reader, config.max_length, config.train_on_prompt)
+            other = teacher_example(example, config.teacher_text.get(name), row, config)
+            theirs = encode_as(other, reader)
             result[f"{name}/input_ids"] = theirs.input_ids
             result[f"{name}/labels"] = theirs.labels
-            result[f"{name}/index"] = span_index(ours.spans, theirs.spans)
             result[f"{name}/supervised"] = theirs.supervised
+            if time.method in SEGMENTED:
+                result[f"{name}/segments"] = theirs.segments
+            result.update({f"{name}/{key}": value for key, value in align(ours, theirs, example, other, time).items()})
         first = next((i for i, label in enumerate(ours.labels) if label != IGNORED), len(ours.labels))
         extra = {"prompt_ids": ours.input_ids[:first], "task": text_of(row, "task"), "answer": text_of(row, "answer")}
         result.update({name: extra[name] for name in keep})
@@ -226,19 +114,106 @@ def encode_rows(
         logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))
     if not len(supervised):
         raise ValueError("No row has a supervised token: completions are empty, or data.max_length cuts them all off.")
-    return supervised
+    for name in teachers:
+        share = aligned_share(supervised, name)
+        if share < 0.5:
+            logger.warning(LOW, 100 * share, name)
+    return supervised if "task" in keep else number_tasks(supervised)
+
+
+def check_teacher_text(config: DataConfig, teachers: Mapping[str, Reader], time: TimeAlignment) -> None:
+    """A text of its own is for a teacher that exists (evaluation has none), and wants an alignment of its own."""
+    if not teachers:
+        return
+    for name in config.teacher_text:
+        if name not in teachers:
+            raise ValueError(f"data.teacher_text names a teacher '{name}', but the teachers are {', '.join(teachers)}.")
+        if time.method == "same_text":
+            logger.warning(
+                "data.teacher_text gives teacher %s a completion of its own, of which alignment.time.method same_text "
+                "aligns nothing; set alignment.time.method to segment_aware.",
+                name,
+            )
+
+
+def align(ours: Encoded, theirs: Encoded, example: Example, other: Example, time: TimeAlignment) -> dict[str, list]:
+    """A teacher's `index` for each student position, and under rkv `rank`; see `encode_rows`.
+
+    example, other: the row's text as the student and as the teacher reads it. Their prompts are the same.
+    """
+    if time.method == "linear":
+        return {"index": linear_indices(1, len(theirs.input_ids), len(ours.input_ids))[0].tolist()}
+    differing = {s for s in (REASONING, ANSWER) if SEGMENT_TEXT[s](example) != SEGMENT_TEXT[s](other)}
+    if time.method == "same_text":
+        # Behind a text that differs nothing has read the same, not even the end.
+        skipped = {REASONING, ANSWER, NONE} if differing else set()
+        return {"index": span_index(shared_spans(ours, example, skipped), shared_spans(theirs, other, skipped))}
+    spans = span_index(shared_spans(ours, example, differing), shared_spans(theirs, other, differing))
+    linear = segment_indices(torch.tensor([theirs.segments]), torch.tensor([ours.segments]))[0].tolist()
+    selected = differing & {REASONING} if time.method == "rkv" else set()
+    index = [
+        -1.0 if segment in selected else by_line if segment in differing else float(by_span)
+        for segment, by_line, by_span in zip(ours.segments, linear, spans, strict=True)
+    ]
+    return {"index": index} | ({"rank": ranks(ours, theirs, time.budget, selected)} if time.method == "rkv" else {})
+
+
+def shared_spans(row: Encoded, example: Example, skipped: set[int]) -> list[Span]:
+    """Spans without those of the `skipped` segments, and the answer's as a part of its own, counted from its start."""
+    spans: list[Span] = []
+    for span, segment in zip(row.spans, row.segments, strict=True):
+        if span is None or (segment in skipped and span != BOS):
+            spans.append(None)
+        elif segment == ANSWER:
+            spans.append((span[0] + 1, span[1] - example.answer_start, span[2] - example.answer_start))
+        else:
+            spans.append(span)
+    return spans
+
+
+def ranks(ours: Encoded, theirs: Encoded, budget: int | None, selected: set[int]) -> list[int]:
+    """Which selected teacher position each student position of the `selected` segments gets, -1 elsewhere.
+
+    Where there are fewer of them than student positions, neighbours share one.
+    """
+    places = [i for i, segment in enumerate(ours.segments) if segment in selected]
+    there = sum(segment in selected for segment in theirs.segments)
+    count = min(len(places), there, budget or len(places))
+    found = [-1] * len(ours.segments)
+    for number, place in enumerate(places if count else []):
+        found[place] = number * count // len(places)
+    return found
+
+
+def number_tasks(rows: Dataset) -> Dataset:
+    """The column `task` as numbers into its sorted names; without it where no row has one."""
+    if "task" not in rows.column_names or isinstance(rows.features["task"], ClassLabel):
+        return rows
+    if not any(task is not None for task in rows.unique("task")):
+        return rows.remove_columns("task")
+    return rows.class_encode_column("task")
+
+
+def task_names(rows: Dataset) -> tuple[str, ...]:
+    """The names behind the numbers in the column `task` of encoded rows, in order; empty where they have none."""
+    feature = rows.features.get("task")
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
 def aligned_share(encoded: Dataset, teacher: str, rows: int = 200) -> float:
-    """Share of student positions that have a teacher position, over the first rows."""
-    index = [i for row in encoded.select(range(min(rows, len(encoded))))[f"{teacher}/index"] for i in row]
-    return sum(i >= 0 for i in index) / max(1, len(index))
+    """Share of student positions that have a teacher position, or will be given one, over the first rows."""
+    first = encoded.select(range(min(rows, len(encoded))))
+    columns = [c for c in (f"{teacher}/index", f"{teacher}/rank") if c in encoded.column_names]
+    found = [max(at) for row in zip(*(first[c] for c in columns)) for at in zip(*row)]
+    return sum(at >= 0 for at in found) / max(1, len(found))
 
 
 @dataclass
 class KVCollator:
-    """Pads encoded rows to a batch: row [B]; input_ids, attention_mask, labels [B, T]; those and index a teacher.
+    """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; those and index [B, T] a teacher.
 
+    Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
+    segments [B, S] and rank [B, T]. index is long, or float where it lies between positions; all are padded with -1.
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere.
     """
 
@@ -247,18 +222,25 @@ class KVCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
-        if "row" in rows[0]:
-            batch["row"] = torch.tensor([row["row"] for row in rows])
+        for name in ("row", "answer_position", "task"):
+            if name in rows[0] and not isinstance(rows[0][name], str):  # evaluation rows have the task's name
+                batch[name] = torch.tensor([-1 if row[name] is None else row[name] for row in rows])
+        batch.update(positions(rows, "", ("segments",)))
         batch["teachers"] = {
             name: {
                 **text_batch(rows, f"{name}/", pad),
-                "index": padded([row[f"{name}/index"] for row in rows], -1),
+                **positions(rows, f"{name}/", ("index", "segments", "rank")),
                 "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
             }
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
         }
         return batch
+
+
+def positions(rows: Sequence[Mapping[str, Any]], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of the columns that the rows have, padded with -1."""
+    return {n: padded([row[prefix + n] for row in rows], -1) for n in names if prefix + n in rows[0]}
 
 
 def text_batch(rows: Sequence[Mapping[str, Any]], prefix: str, pad: int) -> dict[str, Tensor]:
@@ -270,7 +252,8 @@ def text_batch(rows: Sequence[Mapping[str, Any]], prefix: str, pad: int) -> dict
     }
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """[B, longest] long tensor."""
+def padded(rows: Sequence[Sequence[int | float]], value: int) -> Tensor:
+    """[B, longest] tensor, long or, where a row holds floats, float32."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
+    dtype = torch.float32 if any(isinstance(x, float) for row in rows for x in row[:1]) else torch.long
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=dtype)

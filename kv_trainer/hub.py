@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import ModelConfig, Recipe
+from .fusion import method_of
 from .report import format_count, result_rows
 from .types import KVShape
 
@@ -99,7 +100,7 @@ def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
     for name, model in {"student": start, **{n: _model(t, recipe) for n, t in recipe.teachers.items()}}.items():
         rows.append([name, model, *_shape_cells(shapes.get(name))])
     losses = [["loss", "weight", "schedule"]]
-    losses += [[f"`{name}`", f"{loss.weight:g}", loss.schedule] for name, loss in recipe.args.losses.items()]
+    losses += [[f"`{name}`", loss.described_weight, loss.schedule] for name, loss in recipe.args.losses.items()]
     return "\n\n".join([_table(rows), *(_bridging(recipe) if recipe.teachers else ()), _table(losses)])
 
 
@@ -107,8 +108,8 @@ def _bridging(recipe: Recipe) -> list[str]:
     """How the teachers' states come to the student's: a paragraph or two."""
     args = recipe.args
     how = f"Tokens are aligned by `{args.alignment.tokens.method}`, layers by `{args.alignment.layers.method}`"
-    how += f"; teachers are fused by `{args.fusion.method}`."
-    if any("projectors" in loss.requires for loss in args.losses.values()):
+    how += f"; teachers are fused by `{method_of(args.fusion)}`."
+    if any("projectors" in loss.needs for loss in args.losses.values()):
         how += f" Heads are mapped by a `{args.projector.method}` projector, `{args.projector.direction}`."
     shuffled = f"**This is a control run**: teacher states are shuffled by `{args.control.shuffle}`."
     return [how, shuffled] if args.control.shuffle else [how]

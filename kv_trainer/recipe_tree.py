@@ -13,7 +13,10 @@ import yaml
 
 # What a recipe may hold at its top level; NESTED are the sections that MultiTeacherKVConfig keeps beside the fields of
 # TrainingArguments. They stand here so that the command line knows them without importing torch.
-NESTED = ("alignment", "projector", "fusion", "losses", "data", "evaluation", "control")
+NESTED = (
+    "alignment", "projector", "fusion", "losses", "data", "evaluation", "control", "monitor", "freeze",
+    "early_stopping", "accumulation",
+)  # fmt: skip
 SECTIONS = ("student", "teachers", *NESTED, "training")
 COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 5e-5 as text
@@ -173,13 +176,27 @@ def read_overrides(overrides: Sequence[str], folder: Path) -> Node:
 
 
 def merge(base: Node, over: Node) -> Node:
-    """`over` laid on `base`: mappings key by key, anything else replaced. Every value keeps its own origin."""
+    """`over` laid on `base`: mappings key by key, anything else replaced. Every value keeps its own origin.
+
+    Another `fusion.method` takes the place of the whole section: the knobs beside the old one are not its own.
+    """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     value = dict(base.value)
     for key, child in over.value.items():
+        if key == "fusion" and changes_method(value.get(key), child):
+            value[key] = child
+            continue
         value[key] = merge(value[key], child) if key in value else child
     return Node(value, base.where, base.folder)
+
+
+def changes_method(base: Node | None, over: Node) -> bool:
+    """Whether `over` names another `method` than `base` does."""
+    if base is None or not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return False
+    old, new = base.value.get("method"), over.value.get("method")
+    return new is not None and (old is None or old.value != new.value)
 
 
 def resolve_path(value: str, node: Node, path: str) -> str:

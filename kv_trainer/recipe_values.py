@@ -87,6 +87,8 @@ def describe(hint: Any) -> str:
         return f"a list of {getattr(typing.get_args(hint)[0], '__name__', 'values')}"
     if (typing.get_origin(hint) or hint) is dict:
         return "a mapping"
+    if is_dataclass(hint):
+        return "a mapping of " + ", ".join(field.name for field in fields(hint))
     words = {int: "an int", float: "a float", str: "a str", bool: "true or false", types.NoneType: "null"}
     return words.get(hint, f"a {getattr(hint, '__name__', hint)}, which YAML cannot hold")
 
@@ -150,8 +152,9 @@ def build(cls: type, node: Node, path: str) -> Any:
     for key, child in mapping(node, path).items():
         if key not in known:
             raise unknown(key, path, child, known)
-        if is_dataclass(hints[key]):
-            values[key] = build(hints[key], child, join(path, key))
+        section = next((hint for hint in members(hints[key]) if is_dataclass(hint)), None)
+        if section and (section is hints[key] or isinstance(child.value, dict)):
+            values[key] = build(section, child, join(path, key))
             continue
         value = coerce(child, hints[key], join(path, key))
         values[key] = resolve_path(value, child, join(path, key)) if value and is_path(cls, key) else value

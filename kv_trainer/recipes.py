@@ -22,15 +22,22 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .arguments import MultiTeacherKVConfig, ProjectorConfig, Recipe, StudentConfig, TeacherConfig
-from .losses import LOSSES, CrossEntropy, DistillationLoss
+from .callbacks import check_callbacks
+from .fusion import FUSIONS, Confidence, Fixed, Fusion, method_of
+from .losses import LOSSES, CrossEntropy, DistillationLoss, needs_teacher
+from .quick import quick_preset
 from .recipe_tree import NESTED, SECTIONS, Node, RecipeError, merge, read_file, read_overrides
 from .recipe_values import blame, build, coerce, mapping, suggest, unknown
 
 __all__ = ["RecipeError", "dump_recipe", "load_recipe", "save_recipe", "write_text"]
 
 # What differs from TrainingArguments' own defaults: our columns are not the model's, nothing is reported to a service
-# that nobody named, short runs show a line now and then, and checkpoints do not fill the disk.
-TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "logging_steps": 10, "save_total_limit": 2}
+# that nobody named, short runs show a line now and then, checkpoints do not fill the disk, and a loss that is not
+# finite is shown (and stops the run) instead of being replaced by the last mean.
+TRAINING_DEFAULTS = {
+    "remove_unused_columns": False, "report_to": "none", "logging_steps": 10, "save_total_limit": 2,
+    "logging_nan_inf_filter": False,
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 # --------------------------------------------------------------------------------------------- sections
@@ -49,6 +56,23 @@ def build_losses(node: Node | None) -> dict[str, DistillationLoss]:
         add = "'cross_entropy: {weight: 0}' if it must not count"
         raise RecipeError(f"losses {node.at('cross_entropy')} lacks cross_entropy; add {add}.")
     return losses
+
+
+def build_fusion(node: Node | None) -> Fusion:
+    """The dataclass that `method` names, of the other keys: each method knows its own knobs only."""
+    if node is None:
+        return Confidence()
+    given = dict(mapping(node, "fusion"))
+    method = given.pop("method", Node("confidence", node.where, node.folder))
+    if method.value not in FUSIONS:
+        hint = suggest(str(method.value), list(FUSIONS))
+        raise RecipeError(f"fusion.method {method.where} is '{method.value}'; give one of {', '.join(FUSIONS)}.{hint}")
+    knobs = [field.name for field in fields(FUSIONS[method.value])]
+    for key, child in given.items():
+        if key not in knobs:
+            takes = f"{method.value} takes {', '.join(knobs) or 'no settings'}"
+            raise unknown(key, "fusion", child, knobs, f"method; {takes}")
+    return build(FUSIONS[method.value], Node(given, node.where, node.folder), "fusion")
 
 
 def build_teachers(node: Node | None) -> dict[str, TeacherConfig]:
@@ -113,12 +137,12 @@ def check_student(student: StudentConfig, tree: Node) -> None:
 
 def check_losses(recipe: Recipe, tree: Node) -> None:
     """Losses that need a teacher, and teachers that need a loss."""
-    users = [name for name, loss in recipe.args.losses.items() if "teacher_kv" in loss.requires]
+    users = [name for name, loss in recipe.args.losses.items() if needs_teacher(loss.needs)]
     if users and not recipe.teachers:
         raise RecipeError(f"losses.{users[0]} {tree.at('losses', users[0])} needs a teacher; add one under teachers.")
     if recipe.teachers and not users:
         name = next(iter(recipe.teachers))
-        usable = ", ".join(loss for loss in LOSSES if "teacher_kv" in LOSSES[loss].requires)
+        usable = ", ".join(loss for loss in LOSSES if needs_teacher(LOSSES[loss].requires))
         where = tree.at("teachers", name)
         raise RecipeError(f"teachers.{name} {where} would be ignored: no loss needs a teacher; add one of {usable}.")
 
@@ -146,6 +170,15 @@ def check_evaluation(recipe: Recipe, tree: Node) -> None:
         raise RecipeError(f"evaluation.answer_pattern {where} has no group; put the answer in one: '#### (.+)'.")
 
 
+def check_around(recipe: Recipe, tree: Node) -> None:
+    """Early stopping and growing accumulation, which lean on fields of `training`."""
+    try:
+        check_callbacks(recipe.args)
+    except ValueError as error:
+        section = "early_stopping" if str(error).startswith("early_stopping") else "accumulation"
+        raise RecipeError(f"{section} {tree.at(section)}: {error}") from error
+
+
 def check(recipe: Recipe, tree: Node) -> None:
     """What no section can see alone. RecipeError for the impossible, a warning for what has no effect."""
     check_student(recipe.student, tree)
@@ -158,6 +191,7 @@ def check(recipe: Recipe, tree: Node) -> None:
     check_losses(recipe, tree)
     check_layers(recipe, tree)
     check_evaluation(recipe, tree)
+    check_around(recipe, tree)
     for message in ignored(recipe):
         warnings.warn(message, stacklevel=3)
 
@@ -166,11 +200,9 @@ def ignored(recipe: Recipe) -> list[str]:
     """Settings that differ from their defaults and have no effect in this recipe."""
     args, found = recipe.args, []
     weighted = [name for name, teacher in recipe.teachers.items() if teacher.weight != 1.0]
-    if weighted and args.fusion.method != "fixed":
+    if weighted and not isinstance(args.fusion, Fixed):
         found.append(f"teachers.{weighted[0]}.weight has no effect: it needs fusion.method: fixed.")
-    if args.fusion.temperature != 1.0 and args.fusion.method == "fixed":
-        found.append("fusion.temperature has no effect with fusion.method: fixed.")
-    if args.projector != ProjectorConfig() and not any("projectors" in loss.requires for loss in args.losses.values()):
+    if args.projector != ProjectorConfig() and not any("projectors" in loss.needs for loss in args.losses.values()):
         found.append("projector has no effect: no loss of this recipe uses projectors.")
     if args.control.shuffle and not recipe.teachers:
         found.append("control.shuffle has no effect: there is no teacher.")
@@ -180,15 +212,20 @@ def ignored(recipe: Recipe) -> list[str]:
 # --------------------------------------------------------------------------------------------- the way in and out
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), quick: bool = False) -> Recipe:
     """A recipe file as dataclasses.
 
     overrides: what a command line leaves over, such as ["--training.learning_rate", "1e-5", "--losses.kv=null"].
-    Values may begin with `./` for a file beside the recipe. Raises RecipeError, one line that says where.
+    Values may begin with `./` for a file beside the recipe. quick: cut down to a trial run, as quick.py says.
+    Raises RecipeError, one line that says where.
     """
     file = Path(path)
     whole = Node({}, f"in {path}", file.parent)  # where what is written nowhere is missing
-    tree = merge(merge(whole, read_file(file, str(path))), read_overrides(overrides, file.parent))
+    tree, given = merge(whole, read_file(file, str(path))), read_overrides(overrides, file.parent)
+    default = os.path.join("outputs", file.resolve().parent.name, file.stem)
+    if quick:
+        tree = merge(tree, quick_preset(tree, given, default))
+    tree = merge(tree, given)
     hints = typing.get_type_hints(MultiTeacherKVConfig)
     for key, node in tree.value.items():
         if key not in SECTIONS:
@@ -199,9 +236,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     get = tree.value.get
     student = build(StudentConfig, get("student"), "student")
     teachers = build_teachers(get("teachers"))
-    sections = {key: build(hints[key], get(key), key) for key in NESTED if key != "losses" and key in tree.value}
+    own = ("losses", "fusion")
+    sections = {key: build(hints[key], get(key), key) for key in NESTED if key not in own and key in tree.value}
+    sections["fusion"] = build_fusion(get("fusion"))
     sections["losses"] = build_losses(get("losses"))
-    default = os.path.join("outputs", file.resolve().parent.name, file.stem)
     args = build_training(get("training", Node({}, tree.where, file.parent)), sections, default)
     recipe = Recipe(student, teachers, args, str(path))
     check(recipe, tree)
@@ -217,6 +255,8 @@ def dump_recipe(recipe: Recipe) -> str:
     for key in NESTED:
         section = getattr(recipe.args, key)
         content[key] = by_name(section) if key == "losses" else dataclasses.asdict(section)
+        if key == "fusion":
+            content[key] = {"method": method_of(section), **content[key]}
     content["training"] = changed_training(recipe.args)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 

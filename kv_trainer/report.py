@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from .alignment.layers import LayerMap
 from .losses import DistillationLoss
 from .types import KVShape
 
@@ -66,6 +69,23 @@ def print_header(
     console.print(facts)
 
 
+def save_layer_match(folder: Path, teacher: str, similarity: Tensor, layers: LayerMap) -> None:
+    """The similarity [Ls, Lt] of matched layers and the map: layers_<teacher>.json, and a heat map beside it."""
+    from .heatmap import draw_heatmap  # matplotlib takes a while to import
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = list(layers.lower)
+    text = json.dumps({"teacher": teacher, "layers": chosen, "cka": similarity.tolist()}, indent=1)
+    beside = folder / f".layers_{teacher}.json.tmp"
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(folder / f"layers_{teacher}.json")
+    draw_heatmap(
+        similarity.tolist(), folder / f"layers_{teacher}.png", title=f"CKA with the layers of {teacher}",
+        rows=[str(i) for i in range(similarity.shape[0])], columns=[str(i) for i in range(similarity.shape[1])],
+        row_label="student layer", column_label="teacher layer", marks=list(enumerate(chosen)),
+    )  # fmt: skip
+
+
 def print_results(
     console: Console, results: dict[str, float], curve: Path | None, output_dir: str | os.PathLike[str]
 ) -> None:
@@ -120,14 +140,14 @@ def format_count(count: int) -> str:
 
 def _describe_loss(name: str, loss: DistillationLoss) -> str:
     rise = f", warmed up over {loss.warmup_ratio:.0%} of the run" if loss.warmup_ratio else ""
-    return f"{name} x {loss.weight:g}, {loss.schedule}{rise}"
+    return f"{name} x {loss.described_weight}, {loss.schedule}{rise}"
 
 
 SHAPE_ROWS: dict[str, Callable[[KVShape], str]] = {
     "family": lambda shape: shape.family,
     "layers": lambda shape: str(shape.num_layers),
     "KV heads": lambda shape: str(shape.num_kv_heads),
-    "head width": lambda shape: str(shape.head_dim),
+    "head width": lambda shape: f"{shape.head_dim}" + (f" / {shape.value_dim}" if shape.value_dim else ""),
     "RoPE base": lambda shape: "none" if shape.rope_theta is None else f"{shape.rope_theta:,.0f}",
     "vocabulary": lambda shape: f"{shape.vocab_size:,}",
     "parameters": lambda shape: format_count(shape.num_parameters),

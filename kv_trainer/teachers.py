@@ -2,120 +2,194 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import FusionConfig
 from .capture import KVCapture, StopForward, kv_shape
 from .data import IGNORED, Reader
-from .fusion import teacher_weights
-from .types import KVShape, TeacherSignal
+from .fusion import Fusion, FusionInputs, teacher_shares
+from .importance import attention_mass, importance
+from .types import KVShape, KVStates, TeacherSignal
+from .vocabulary import Head, output_head, shared_tokens
+
+CHUNK = 1024  # positions whose logits are made at a time
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What a run takes from its teachers: what nobody needs is not computed.
+
+    scores: likelihood and entropy of each sample, which needs the head. final: the last hidden states.
+    queries: with the keys, for attention. importance: of each position. hidden: outputs of the layers.
+    mass: attention by layer and head, for the selection of R-KV.
+    """
+
+    scores: bool = False
+    final: bool = False
+    queries: bool = False
+    importance: bool = False
+    hidden: bool = False
+    mass: bool = False
 
 
 class Teacher:
-    """A frozen model, how it reads rows, and the layers that are taken from it.
-
-    layers: teacher layers to capture. likelihood: also the negative log-likelihood of each sample; without it the
-    forward stops at the deepest captured layer and no vocabulary is ever touched.
-    """
+    """A frozen model, how it reads rows, and the layers that are taken from it."""
 
     def __init__(self, model: PreTrainedModel, reader: Reader, weight: float = 1.0) -> None:
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
         self.weight = weight
         self.shape: KVShape = kv_shape(model)
-        self.likelihood = False
+        self.needs = TeacherNeeds()
+        self.head: Head | None = None
         self._capture: KVCapture | None = None
-        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def prepare(self, layers: tuple[int, ...], likelihood: bool) -> None:
+    def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
+        """layers: those to capture. Without scores and final states the forward stops at the deepest of them."""
         if self._capture is not None:
             self._capture.close()
-        self._capture = KVCapture(self.model, layers)
-        self.likelihood = likelihood
-        self._capture.stop_early = not likelihood
+        self._capture = KVCapture(self.model, layers, needs.queries or needs.importance or needs.mass, needs.hidden)
+        self.needs = needs
+        if (needs.scores or needs.final) and self.head is None:
+            self.head = output_head(self.model)
+
+    def vocabulary(self, students: PreTrainedTokenizerBase) -> tuple[Head, Tensor | None, Tensor | None]:
+        """The head, and the ids of the tokens shared with the student's tokenizer (None, None: all of them)."""
+        shared = shared_tokens(students, self.reader.tokenizer)
+        assert self.head is not None, "prepare with final comes first"
+        if shared is None:
+            return self.head, None, None
+        if not shared[0]:
+            raise ValueError(
+                f"The vocabularies of the student and {self.reader.tokenizer.name_or_path} share no token, so logits "
+                "cannot be compared; leave out losses.logit_kd."
+            )
+        ours, theirs = (torch.tensor(ids, device=self.model.device) for ids in shared)
+        return self.head, ours, theirs
+
+    def signal(
+        self, batch: Mapping[str, Tensor], rows: Tensor | None = None, scores: bool = True, weighing: bool = True
+    ) -> TeacherSignal:
+        """What the teacher says about a batch, or about some `rows` [b] of it.
+
+        batch: input_ids, attention_mask, labels [B, S] of this teacher's tokens; index [B, T]; supervised [B].
+        scores: also likelihood and entropy, if this run needs them; weighing: also the importance of positions.
+        """
+        text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels", "segments") if k in batch}
+        if rows is not None:
+            longest = int(text["attention_mask"][rows].any(0).nonzero().max()) + 1
+            text = {k: v[rows, :longest] for k, v in text.items()}
+        scores = scores and self.needs.scores
+        kv, last = self._run(text, whole=scores or self.needs.final)
+        nll = entropy = None
+        if scores:
+            assert last is not None and rows is None, "scores are of whole batches"
+            nll, entropy = self._scores(last, text["labels"], batch["supervised"])
+        # Queries that only weigh positions are not carried on.
+        return TeacherSignal(
+            kv if self.needs.queries else replace(kv, queries=None, attention=None), batch["index"], nll, rows, entropy,
+            importance(kv, text["labels"]) if self.needs.importance and weighing else None,
+            last if self.needs.final else None,
+            batch.get("rank"), text.get("segments"),
+            attention_mass(kv, text["labels"], by_head=True) if self.needs.mass else None,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
-        """batch: input_ids, attention_mask, labels [B, S] of this teacher's tokens; index [B, T]; supervised [B]."""
+    def _run(self, text: Mapping[str, Tensor], whole: bool) -> tuple[KVStates, Tensor | None]:
+        """Captured states and, of a whole forward, the last hidden states [B, S, C]."""
         assert self._capture is not None, "prepare comes first"
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        self._capture.stop_early = not whole
         self._capture.start()
-        nll = None
-        if self.likelihood:
-            # A row that was cut counts as if its lost part were as hard as the rest, one cut to nothing as hopeless.
-            kept = (batch["labels"][:, 1:] != IGNORED).sum(1)
-            nll = self._likelihood(inputs, batch["labels"]) * batch["supervised"] / kept.clamp_min(1)
-            nll = nll.masked_fill(kept == 0, 1e9)
-        else:
-            with suppress(StopForward):
-                self.model.base_model(**inputs)
-        return TeacherSignal(self._capture.stop(batch["attention_mask"]), batch["index"], nll)
+        last = None
+        with suppress(StopForward):
+            inputs = {k: text[k] for k in ("input_ids", "attention_mask")}
+            last = self.model.base_model(**inputs, use_cache=False)[0]
+        return self._capture.stop(text["attention_mask"]), last
 
-    def signal_of(self, batch: Mapping[str, Tensor], rows: Tensor, nll: Tensor) -> TeacherSignal:
-        """The signal of some samples of a batch whose likelihoods [B] are known: less text, no vocabulary."""
-        longest = int(batch["attention_mask"][rows].any(0).nonzero().max()) + 1
-        part = {k: batch[k][rows, :longest] for k in ("input_ids", "attention_mask")}
-        assert self._capture is not None, "prepare comes first"
-        self._capture.stop_early = True
-        try:
-            self._capture.start()
-            with torch.no_grad(), suppress(StopForward):
-                self.model.base_model(**part, use_cache=False)
-        finally:
-            self._capture.stop_early = not self.likelihood
-        return TeacherSignal(self._capture.stop(part["attention_mask"]), batch["index"], nll, rows)
+    @torch.no_grad()
+    def _scores(self, last: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] nats of the supervised tokens, summed, and [B] mean entropy as a share of the largest possible.
 
-    def _likelihood(self, inputs: dict[str, Tensor | bool], labels: Tensor) -> Tensor:
-        """[B] nats of the supervised tokens, summed; logits only where some sample is supervised."""
+        A row that was cut counts as if its lost part were as hard as the rest, one cut to nothing as hopeless.
+        """
+        assert self.head is not None
         counted = labels[:, 1:] != IGNORED
-        first = int(counted.any(0).int().argmax())
-        if self._slices_logits:
-            kept = torch.arange(first, labels.shape[1] - 1, device=labels.device)
-            logits = self.model(**inputs, logits_to_keep=kept).logits
-        else:
-            logits = self.model(**inputs).logits[:, first:-1]
-        counted, targets = counted[:, first:], labels[:, 1 + first :]
-        each = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
-        return torch.zeros(counted.shape, dtype=each.dtype, device=each.device).masked_scatter(counted, each).sum(1)
+        each, surprise = [], []
+        for hidden, targets in zip(
+            last[:, :-1][counted].split(CHUNK), labels[:, 1:][counted].split(CHUNK), strict=True
+        ):
+            logs = F.log_softmax(self.head(hidden).float(), dim=-1)
+            each.append(-logs.gather(1, targets[:, None])[:, 0])
+            surprise.append(-(logs.exp() * logs).sum(1) / math.log(logs.shape[1]))
+        kept = counted.sum(1)
+        nll = spread(each, counted) * supervised / kept.clamp_min(1)
+        return nll.masked_fill(kept == 0, 1e9), spread(surprise, counted) / kept.clamp_min(1)
+
+
+def spread(parts: list[Tensor], counted: Tensor) -> Tensor:
+    """Sums by sample, [B], of values given one a True position of counted [B, S]."""
+    values = torch.cat(parts) if parts else counted.new_zeros(0, dtype=torch.float32)
+    return torch.zeros(counted.shape, device=counted.device).masked_scatter(counted, values).sum(1)
 
 
 class TeacherPanel:
     """All teachers of a run, and what each is known to think of every row of the data set.
 
-    A frozen teacher finds a row as likely in every epoch. Once the likelihoods of all samples of a batch are known,
-    so are the fusion weights, and each teacher runs only on the samples in which it has a share. The result is the
-    same as if all ran (shares below fusion.MIN_SHARE are zero either way), at a fraction of the forwards.
+    A frozen teacher finds a row as likely in every epoch. Where the fusion depends on such scores alone, the shares of
+    a batch whose rows have been seen are known at once, and each teacher runs only on the samples in which it has
+    one. The result is the same as if all ran (shares below fusion.MIN_SHARE are zero either way), at a fraction of
+    the forwards.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], fusion: FusionConfig, rows: int) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], fusion: Fusion, rows: int) -> None:
         self.teachers = teachers
         self.fusion = fusion
-        self._given = [teacher.weight for teacher in teachers.values()]
-        self._known = torch.full((len(teachers), rows), torch.nan)
+        self.task_nll: Tensor | None = None  # [M, tasks], once calibrated
+        self._given = torch.tensor([teacher.weight for teacher in teachers.values()])
+        self._known = torch.full((2, len(teachers), rows), torch.nan)  # nll, entropy
 
-    def signals(self, batch: Mapping[str, Any]) -> dict[str, TeacherSignal]:
+    def signals(self, batch: Mapping[str, Any], weighing: bool = True) -> dict[str, TeacherSignal]:
         """batch: labels [B, T] of the student, row [B], and `teachers`: name -> that teacher's part."""
         parts, row = batch["teachers"], batch.get("row")
-        if row is None or not any(teacher.likelihood for teacher in self.teachers.values()):
-            return {name: teacher.signal(parts[name]) for name, teacher in self.teachers.items()}
-        self._known = self._known.to(row.device)
-        nll = self._known[:, row]
-        if nll.isnan().any():
-            signals = {name: teacher.signal(parts[name]) for name, teacher in self.teachers.items()}
-            self._known[:, row] = torch.stack([signal.nll for signal in signals.values()]).float()
-            return signals
-        shares = teacher_weights(self.fusion, self._given, nll, batch["labels"])
+        if not self.fusion.remembered or len(self.teachers) == 1:
+            return {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+        scored = bool(self.fusion.needs & {"nll", "entropy"})
+        nll = entropy = None
+        if scored:
+            if row is None:
+                return {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+            self._known = self._known.to(row.device)
+            nll, entropy = self._known[:, :, row]
+            if nll.isnan().any():
+                signals = {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+                self._known[0, :, row] = torch.stack([s.nll for s in signals.values()]).float()
+                self._known[1, :, row] = torch.stack([s.entropy for s in signals.values()]).float()
+                return signals
+        shares = self.shares(batch, nll, entropy)
         # A teacher that no sample asks for runs on one, so that there is something to map.
-        chosen = [(share > 0).nonzero()[:, 0] if (share > 0).any() else row.new_zeros(1) for share in shares]
-        return {
-            name: teacher.signal_of(parts[name], rows, known)
-            for (name, teacher), rows, known in zip(self.teachers.items(), chosen, nll, strict=True)
-        }
+        asked = [(s > 0).nonzero()[:, 0] if (s > 0).any() else s.new_zeros(1, dtype=torch.long) for s in shares]
+        found = {}
+        for i, (name, teacher) in enumerate(self.teachers.items()):
+            rows = None if len(asked[i]) == len(shares[i]) else asked[i]
+            signal = teacher.signal(parts[name], rows, scores=False, weighing=weighing)
+            found[name] = signal if nll is None else signal.scored(nll[i], entropy[i])
+        return found
+
+    def shares(self, batch: Mapping[str, Any], nll: Tensor | None, entropy: Tensor | None) -> Tensor:
+        """[M, B] of a fusion that is `remembered`."""
+        labels = batch["labels"]
+        inputs = FusionInputs(
+            given=self._given.to(labels.device), tokens=(labels != IGNORED).sum(1), nll=nll, entropy=entropy,
+            tasks=batch.get("task"), task_nll=self.task_nll,
+        )  # fmt: skip
+        return teacher_shares(self.fusion, inputs)
+
+

@@ -14,13 +14,17 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .arguments import MultiTeacherKVConfig
+from .balance import gradient_norms, loss_scales
 from .bridge import NAME, KVBridge, Supervision
-from .callbacks import LossTermsProgress, MetricsFile
+from .calibration import Calibration
+from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
-from .data import EVALUATED, KVCollator, Reader, encode_rows
+from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
 from .evaluation import evaluate_model
-from .losses import CrossEntropy, LossInputs
+from .losses import CrossEntropy, LayerwiseLoss, LossInputs, needs_teacher
+from .report import save_layer_match
 from .resolve import Loadable, check_arguments, numbered_rows, resolve_student, resolve_teacher
+from .routing import RoutingLog
 from .teachers import TeacherPanel
 
 BRIDGE_FILE = "kv_bridge.safetensors"
@@ -73,16 +77,27 @@ class MultiTeacherKVTrainer(Trainer):
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
         for name, teacher in self.teachers.items():
-            teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.needs_likelihood)
+            teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
+            if self.bridge.teacher_needs().final:
+                self.bridge.heads[name] = teacher.vocabulary(processing_class)
         self.bridge.attach(student)
+        self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
         if train_dataset is not None and "input_ids" not in train_dataset.column_names:
-            train_dataset = encode_rows(train_dataset, reader, readers, args.data)
+            train_dataset = encode_rows(train_dataset, reader, readers, args.data, time=args.alignment.time)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
             eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
+        tasks = task_names(train_dataset) if train_dataset is not None else ()
+        self.routing = RoutingLog(list(self.teachers), tasks, shape.num_layers if shape else 1)
+        ours = default_callbacks(args)
+        self.metrics_file = next(c for c in ours if isinstance(c, MetricsFile))
+        self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
+        self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
         self._samples_in_step: Tensor | float = 1.0
+        self._measured_step = -1
+        self._observed: dict[str, float] = {}
         self._terms: dict[str, Tensor] = {}
         self._steps_since_log = 0
         # Trainer switches it off in its own __init__, and would save it so.
@@ -94,7 +109,7 @@ class MultiTeacherKVTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[*ours, *(callbacks or [])],
             optimizers=optimizers,
         )
         # Our losses are sums over the micro-batch divided by counts of the whole accumulated batch.
@@ -117,8 +132,18 @@ class MultiTeacherKVTrainer(Trainer):
         if self.args.world_size > 1:
             samples = self.accelerator.gather(samples).sum()
         self._samples_in_step = samples
-        self._steps_since_log += 1
+        if batches:  # accumulation that grows asks once more at the end of an epoch
+            self._steps_since_log += 1
+            self.metrics_file.count(samples, num_items)
         return batches, num_items
+
+    def set_initial_training_values(self, args: Any, dataloader: Any):
+        values = super().set_initial_training_values(args, dataloader)
+        return self.growth.run_values(args, values) if self.growth else values
+
+    def _init_training_state(self, *args: Any, **kwargs: Any):
+        found = super()._init_training_state(*args, **kwargs)
+        return self.growth.position(self.state.global_step) if self.growth else found
 
     def compute_loss(
         self,
@@ -134,16 +159,39 @@ class MultiTeacherKVTrainer(Trainer):
             outputs = model(**text, use_cache=False)
             loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
             return (loss, outputs) if return_outputs else loss
-        signals = self.panel.signals(inputs) if self.teachers else {}
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        supervision = Supervision(signals, labels, text["attention_mask"], tokens, self._samples_in_step, progress)
+        step, steps = self.state.global_step, max(1, self.state.max_steps)
+        weighing = "teacher_importance" in self.bridge.weighing(step)
+        supervision = Supervision(
+            self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
+            self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
+        )  # fmt: skip
         with self.bridge.supervise(supervision):
             outputs = model(**text, use_cache=False)
+        loss = self._balanced(outputs["terms"], outputs["loss"], step, step / steps)
+        watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
+        self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states())
         for name, term in self.bridge.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term
+        if self.bridge.weights is not None and len(self.teachers) > 1:
+            self.routing.add(self.bridge.weights, inputs.get("task"))
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
-        loss = outputs["loss"] * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _balanced(self, terms: dict[str, Tensor], loss: Tensor, step: int, progress: float) -> Tensor:
+        """The loss, after weights that follow the gradient have followed it, in the first micro-batch of a step."""
+        every = self.args.monitor.loss_scales_every
+        watched = bool(every) and step % every == 0
+        if step == self._measured_step or not (watched or self.bridge.balance.due(step)):
+            return loss
+        self._measured_step = step
+        parameters = [p for n, p in self.model.named_parameters() if p.requires_grad and f"{NAME}." not in n]
+        norms = gradient_norms(terms, parameters, lambda x: self.accelerator.reduce(x, "mean"))
+        reference = self.bridge.losses.get("cross_entropy")
+        self.bridge.balance.follow(norms, reference.weight_at(progress) if reference else 1.0, step)
+        if watched:
+            self._observed |= loss_scales(self.bridge, norms, progress)
+        return self.bridge.total(terms, progress)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
@@ -151,8 +199,14 @@ class MultiTeacherKVTrainer(Trainer):
             progress = self.state.global_step / max(1, self.state.max_steps)
             for name, term in self._terms.items():
                 logs[f"loss_{name}"] = float(self.accelerator.reduce(term, "sum")) / self._steps_since_log
-                logs[f"weight_{name}"] = self.bridge.losses[name].weight_at(progress)
-            self._terms, self._steps_since_log = {}, 0
+                if name in self.bridge.losses:
+                    logs[f"weight_{name}"] = self.bridge.weight_now(name, progress)
+            logs |= self.routing.logs(lambda x: self.accelerator.reduce(x, "sum"))
+            logs |= self._observed
+            starts = [x.attention_starts for x in self.bridge.losses.values() if isinstance(x, LayerwiseLoss)]
+            if any(starts):
+                logs["attn_warmup_left"] = max(0, max(starts) - self.state.global_step)
+            self._terms, self._steps_since_log, self._observed = {}, 0, {}
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -194,8 +248,8 @@ class MultiTeacherKVTrainer(Trainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any):
-        """Trainer.train, after the projectors' targets are standardised on the first training rows."""
-        if self.bridge.projectors and self.args.projector.direction == "student_to_teacher":
+        """Trainer.train, after what calibration.py measures on the first training rows."""
+        if self.taught:
             self.calibrate()
         try:
             return super().train(*args, **kwargs)
@@ -203,15 +257,17 @@ class MultiTeacherKVTrainer(Trainer):
             if self._use_cache is not None:
                 self.model.config.use_cache = self._use_cache
 
-    def calibrate(self, samples: int = 64) -> None:
-        """Set every projector's mean and deviation from the teachers' states on the first training rows."""
-        rows = [self.train_dataset[i] for i in range(min(samples, len(self.train_dataset)))]
-        batches = [self._prepare_inputs(self.data_collator(rows[i : i + 8])) for i in range(0, len(rows), 8)]
-        for name, teacher in self.teachers.items():
-            states = [
-                self.bridge.align(name, teacher.signal(b["teachers"][name]), b["attention_mask"]) for b in batches
-            ]
-            self.bridge.projectors[name].calibrate(states)
+    def calibrate(self) -> None:
+        """See calibration.py; a map of matched layers is written to output_dir."""
+        calibration = Calibration(
+            self.bridge, self.teachers, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows))
+        )
+        fixed_target = bool(self.bridge.projectors) and self.args.projector.direction == "student_to_teacher"
+        matched = calibration.run(self.model, self.args.alignment.layers.method == "cka", fixed_target)
+        self.panel.task_nll = self.bridge.task_nll
+        if self.is_world_process_zero():
+            for name, similarity in matched.items():
+                save_layer_match(Path(self.args.output_dir), name, similarity, self.bridge.layer_maps[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The one funnel of all saves: the student plain, the bridge's tensors beside it."""

@@ -53,7 +53,7 @@ class KVStates:
         assert len(self.keys) == len(self.values) == len(self.layers), "one key and one value tensor a layer"
 
     def map(self, function: Callable[[Tensor], Tensor], mask: Tensor | None = None) -> KVStates:
-        """The same states with `function` applied to every key and value tensor."""
+        """The same states with `function` applied to all keys and values; queries and hidden stay as they are."""
         return replace(
             self,
             keys=tuple(function(k) for k in self.keys),
@@ -64,7 +64,11 @@ class KVStates:
 
 @dataclass(frozen=True)
 class KVShape:
-    """The coordinates of a model's keys and values: what the header prints and the bridge maps between."""
+    """The coordinates of a model's keys and values: what the header prints and the bridge maps between.
+
+    num_layers: how many layers have keys and values; kv_layers: their numbers in the model, empty where all have.
+    head_dim: width of keys; value_dim: width of values where it is another (multi-head latent attention).
+    """
 
     family: str
     num_layers: int
@@ -73,6 +77,14 @@ class KVShape:
     rope_theta: float | None
     vocab_size: int
     num_parameters: int
+    hidden_size: int = 0
+    kv_layers: tuple[int, ...] = ()
+    value_dim: int | None = None
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The number in the model of each layer that has keys and values."""
+        return self.kv_layers or tuple(range(self.num_layers))
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,26 @@ class TeacherSignal:
     """What one teacher says about one batch, without gradient.
 
     kv: states in the teacher's own coordinates.
-    index: [B, T] long, the teacher position aligned with each student position, -1 where there is none.
+    index: [B, T], the teacher position aligned with each student position (long, or float between two of them), -1
+    where there is none.
     nll: [B] float, negative log-likelihood of the supervised text summed over the sample (nats), or None.
-    rows: [b] long, the samples of the batch that kv holds, in order; None for all of them.
+    rows: [b] long, the samples of the batch that kv, importance and last hold, in order; None for all of them.
+    entropy: [B], mean entropy at the supervised positions as a share of the log of the vocabulary, or None.
+    importance: [b, S], how much the answer attends to each position, or None. last: [b, S, C], last hidden states.
+    rank [B, T], segments [b, S] and mass, per captured layer [b, H, S], where R-KV selects: see data.encode_rows.
     """
 
     kv: KVStates
     index: Tensor
     nll: Tensor | None = None
     rows: Tensor | None = None
+    entropy: Tensor | None = None
+    importance: Tensor | None = None
+    last: Tensor | None = None
+    rank: Tensor | None = None
+    segments: Tensor | None = None
+    mass: list[Tensor] | None = None
+
+    def scored(self, nll: Tensor, entropy: Tensor) -> TeacherSignal:
+        """The same signal with scores [B] that were known already."""
+        return replace(self, nll=nll, entropy=entropy)

@@ -28,6 +28,15 @@ GROUPED = {
 }  # fmt: skip
 WIDE = {**GROUPED, "head_dim": 12}  # a head width that is not hidden_size / heads
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+LATENT = {  # keys of width 12, values of width 10
+    **GROUPED, **ROUTED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8, "v_head_dim": 10,
+}  # fmt: skip
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FOUR = {**GROUPED, "num_hidden_layers": 4}  # hybrids: layers 1 and 3 have keys and values
+STATE = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+HYBRID = ["linear_attention", "full_attention"] * 2
 # family -> its configuration, by model_type; head_dim 8 unless it says otherwise
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -51,6 +60,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": GROUPED,
     "qwen3_moe": {**WIDE, **EXPERTS},
     "stablelm": {**GROUPED, "qk_layernorm": True},
+    "gpt_oss": {**WIDE, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi": GROUPED,  # rotates half of the channels
+    "cohere2": {**WIDE, **SLIDING},  # RoPE in sliding layers only, like Exaone
+    "exaone4": {**GROUPED, **SLIDING},
+    "smollm3": {**GROUPED, "no_rope_layer_interval": 2},
+    "glm": WIDE,
+    "glm4": WIDE,
+    "falcon": {**GROUPED, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "bloom": {**GROUPED, "n_layer": 3, "n_head": 4},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "opt": {**GROUPED, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "ernie4_5": {**GROUPED, "head_dim": 8},
+    "seed_oss": {**WIDE, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "apertus": GROUPED,
+    "nemotron": GROUPED,
+    "hunyuan_v1_dense": WIDE,
+    "falcon_h1": {**GROUPED, **STATE, "mamba_d_ssm": 64},
+    "qwen3_next": {
+        **FOUR, **EXPERTS, "head_dim": 12, "layer_types": HYBRID, "shared_expert_intermediate_size": 16,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "lfm2": {**FOUR, "layer_types": ["conv", "full_attention"] * 2},
+    "bamba": {**FOUR, **STATE, "attn_layer_indices": [1, 3]},
+    "jamba": {**FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "num_experts": 4},
+    "minimax": {**FOUR, "layer_types": HYBRID, "num_local_experts": 4},
 }  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kv_trainer.alignment.tokens import take
-from kv_trainer.arguments import ControlConfig, FusionConfig, MultiTeacherKVConfig, ProjectorConfig
+from kv_trainer.arguments import ControlConfig, MultiTeacherKVConfig, ProjectorConfig
 from kv_trainer.bridge import NAME, KVBridge, Supervision
 from kv_trainer.capture import capture_kv, kv_shape
+from kv_trainer.fusion import Confidence, Fixed, MinNorm
 from kv_trainer.losses import CrossEntropy, DistillationLoss, KVLoss, KVRelationLoss
 from kv_trainer.types import KVShape, KVStates, TeacherSignal
 
@@ -37,6 +38,9 @@ def bridge_to(student: nn.Module, losses: dict[str, DistillationLoss] = ALL, giv
         bridge = KVBridge(kv_shape(student), SHAPES, arguments(losses, **sections), given)
     bridge.attach(student)
     return bridge
+
+
+TO_STUDENT = ProjectorConfig(direction="teacher_to_student")
 
 
 def batch() -> dict[str, Tensor]:
@@ -194,8 +198,8 @@ def test_a_loss_on_teachers_without_teachers_is_refused() -> None:
 
 
 def test_shares_by_confidence(student) -> None:
-    bridge = bridge_to(student, fusion=FusionConfig("confidence", 1.0))
-    assert bridge.needs_likelihood
+    bridge = bridge_to(student, fusion=Confidence())
+    assert bridge.teacher_needs().scores
     given = supervision()
     with bridge.supervise(given):
         student(**batch())
@@ -205,16 +209,18 @@ def test_shares_by_confidence(student) -> None:
 
 
 def test_fixed_shares(student) -> None:
-    bridge = bridge_to(student, given=[1.0, 3.0], fusion=FusionConfig("fixed"))
-    assert not bridge.needs_likelihood
+    bridge = bridge_to(student, given=[1.0, 3.0], fusion=Fixed())
+    assert not bridge.teacher_needs().scores
     with bridge.supervise(supervision()):
         student(**batch())
     torch.testing.assert_close(bridge.weights, torch.tensor([[0.25] * 3, [0.75] * 3]))
 
 
-def test_impossible_fusion_is_refused(student) -> None:
-    with pytest.raises(ValueError, match="fusion.temperature is 0"):
-        bridge_to(student, fusion=FusionConfig(temperature=0.0))
+def test_a_fusion_of_targets_needs_a_space_of_targets(student) -> None:
+    both = {"cross_entropy": CrossEntropy(), "kv": KVLoss()}
+    with pytest.raises(ValueError, match="works on targets that all teachers share"):
+        bridge_to(student, both, fusion=MinNorm())
+    bridge_to(student, {**both, "kv_relation": KVRelationLoss()}, fusion=MinNorm(), projector=TO_STUDENT)
 
 
 # ---- alignment
@@ -223,7 +229,7 @@ def test_impossible_fusion_is_refused(student) -> None:
 def test_align_takes_the_layers_and_the_positions(student) -> None:
     bridge, given = bridge_to(student), supervision()
     for name, signal in given.signals.items():
-        aligned = bridge.align(name, signal, given.attention_mask)
+        aligned = bridge.align(name, signal, given.attention_mask).kv
         assert len(aligned.keys) == len(aligned.values) == aligned.num_layers == 2
         for tensors, ours in ((signal.kv.keys, aligned.keys), (signal.kv.values, aligned.values)):
             for end in (0, -1):  # first layer to first, last to last
@@ -249,7 +255,7 @@ def test_shuffled_rows_get_the_states_and_shares_of_the_row_before(student, tiny
     for name, signal in given.signals.items():
         mapped = take(plain.layer_maps[name].apply(signal.kv), signal.index)
         masked = mapped.mask & given.attention_mask.bool()
-        found = shuffled.align(name, signal, given.attention_mask)
+        found = shuffled.align(name, signal, given.attention_mask).kv
         for row in range(SAMPLES):
             assert torch.equal(found.keys[1][row], mapped.keys[1][row - 1])
             assert torch.equal(found.values[0][row], mapped.values[0][row - 1])

@@ -66,6 +66,24 @@ def test_validate_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) -> 
     assert second == "kv-trainer: error: The recipe none.yaml does not exist."
 
 
+def test_a_quick_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "validate", "--quick", "r.yaml", "--training.max_steps", "7")
+    first, second = out.splitlines()
+    folder = os.path.join("outputs", Path.cwd().name, "r-quick")
+    assert first == (
+        "quick run of r.yaml: 7 steps, 128 rows to train on, 32 to evaluate on, no checkpoints, in " + folder
+    )
+    assert (code, err) == (0, "") and second.startswith("ok r.yaml: student")
+
+
+def test_a_quick_run_is_saved_beside_the_real_one(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
+    code, out, err = run(capsys, "train", "r.yaml", "--quick", *alone, "--resume")
+    assert code == 2 and "checkpoint" in err and out.startswith("quick run of r.yaml: 20 steps, 128 rows to train on, ")
+    saved = yaml.safe_load(Path("outputs", Path.cwd().name, "r-quick", "recipe.yaml").read_text())
+    assert saved["training"]["max_steps"] == 20 and saved["data"]["max_train_samples"] == 128
+
+
 def test_validate_does_not_ask_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "validate", "r.yaml", "--teachers.math.model", "org/there-is-no-such-model")
     assert code == 0 and "math (org/there-is-no-such-model)" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import datasets
 import pytest
@@ -15,20 +16,10 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from kv_trainer.alignment.tokens import BOS, EOS, span_index
-from kv_trainer.arguments import DataConfig
-from kv_trainer.data import (
-    IGNORED,
-    Encoded,
-    Example,
-    KVCollator,
-    Reader,
-    aligned_share,
-    encode,
-    encode_rows,
-    example_of,
-    load_split,
-    render,
-)
+from kv_trainer.arguments import DataConfig, TimeAlignment
+from kv_trainer.data import IGNORED, KVCollator, Reader, aligned_share, encode_rows, load_split, task_names
+from kv_trainer.recipes import load_recipe
+from kv_trainer.text import Encoded, Example, encode, example_of, render
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
 # What Llama-3 and Gemma do: a system prompt of their own, contents stripped, marks that hold the words of an answer.
@@ -70,6 +61,38 @@ def test_every_row_form_gives_its_turns_and_its_answer():
     assert example_of(row, templates) == Example([{"role": "user", "content": "Q7: two?"}], "A: 2")
     assert example_of(row, DataConfig(response="{solution}")) == Example([], "2")
     assert example_of({"prompt": "p", "completion": "c"}, templates_over()).completion == "c!", "templates come first"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("2 x 3 = 6\n#### 6", "#### 6"),
+        ("<think>six? #### no</think> 6", " 6"),
+        ("a #### 5 b #### 6", "#### 6"),
+        ("six", "six"),
+        ("hm</think>", ""),
+    ],
+)
+def test_the_answer_begins_at_its_marker(completion, answer):
+    """The first marker of the list that is there at all, where it is last; a closing tag belongs to the reasoning."""
+    rows = [
+        {"prompt": "q", "completion": completion},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": completion}]},
+        {"text": completion},
+    ]
+    for row in rows:
+        found = example_of(row, DataConfig())
+        assert (found.answer, found.reasoning + found.answer) == (answer, completion)
+    none = example_of(rows[0], DataConfig(answer_markers=[]))
+    assert (none.reasoning, none.answer) == ("", completion)
+
+
+def test_reasoning_and_answer_as_columns_make_the_completion():
+    row = {"prompt": "q", "reasoning": "2 x 3 #### = 6. ", "answer": 6}
+    found = example_of(row, DataConfig())
+    assert (found.completion, found.reasoning, found.answer) == ("2 x 3 #### = 6. 6", "2 x 3 #### = 6. ", "6")
+    assert example_of({**row, "reasoning": None}, DataConfig()).completion == "6"
+    assert example_of({**row, "completion": "six"}, DataConfig()).completion == "six"
 
 
 def templates_over() -> DataConfig:
@@ -152,6 +175,65 @@ def test_truncation_keeps_the_front(plain, length):
     whole, short = encode(SIX, Reader(plain), 999), encode(SIX, Reader(plain), length)
     assert short.input_ids == whole.input_ids[:length] and short.labels == whole.labels[:length]
     assert short.spans == whole.spans[:length]
+
+
+@pytest.mark.parametrize("length", [2, 5, 12, 999])
+@pytest.mark.parametrize("bos", [False, True])
+def test_truncation_on_the_left_keeps_the_end_and_the_start_token(tiny_tokenizer, length, bos):
+    tokenizer = tiny_tokenizer(bos=bos)
+    whole = encode(SIX, Reader(tokenizer), 999)
+    short = encode(SIX, Reader(tokenizer), length, truncation_side="left")
+    count = min(length, len(whole.input_ids)) - bos
+    for name in ("input_ids", "labels", "spans", "segments"):
+        values = getattr(whole, name)
+        assert getattr(short, name) == values[:bos] + values[-count:], name
+    assert short.supervised == whole.supervised
+    at = whole.answer_position - (len(whole.input_ids) - count - bos)
+    assert short.answer_position == (at if at >= bos else -1)
+
+
+@given(ours=st.integers(3, 40), theirs=st.integers(3, 40))
+def test_indices_of_rows_cut_on_the_left_meet_the_same_text(tiny_tokenizer, ours, theirs):
+    student, teacher = tiny_tokenizer(40, bos=True), tiny_tokenizer(0)
+    a, b = (
+        encode(SIX, Reader(t), length, truncation_side="left") for t, length in ((student, ours), (teacher, theirs))
+    )
+    index = span_index(a.spans, b.spans)
+    assert index[-1] == len(b.input_ids) - 1
+    for i, j in enumerate(index):
+        if j >= 0:
+            left, right = student.decode(a.input_ids[i:]), teacher.decode(b.input_ids[j:])
+            assert left.endswith(right[1:]) and a.spans[i][::2] == b.spans[j][::2]
+
+
+def test_a_character_cut_in_its_bytes_was_not_read(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(0)
+    example = Example([], "a東b")
+    whole = encode(example, Reader(tokenizer), 999)
+    for length, aligned in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 5)):
+        short = encode(example, Reader(tokenizer), length)
+        last = max(j for j in span_index(whole.spans, short.spans))
+        assert last == aligned - 1, length
+
+
+@pytest.mark.parametrize("merges", [0, 40, 120])
+@pytest.mark.parametrize("template", [None, PLAIN, STRIPS], ids=["none", "plain", "strips"])
+def test_segments_and_the_position_before_the_answer(tiny_tokenizer, template, merges):
+    tokenizer = tiny_tokenizer(merges, chat_template=template, bos=template is None)
+    example = Example(QUESTION, " two times three</think> is six", len(" two times three</think>"))
+    found = encode(example, Reader(tokenizer, chat=template is not None), 999)
+    texts = {
+        s: tokenizer.decode([t for t, of in zip(found.input_ids, found.segments, strict=True) if of == s])
+        for s in (-1, 0, 1, 2)
+    }
+    assert texts[0].strip() == QUESTION[0]["content"] and texts[2] == " is six"
+    assert texts[1].strip() == "two times three</think>"
+    assert found.segments[found.answer_position : found.answer_position + 2] == [1, 2]
+    if template is None:
+        assert texts[-1] == "<s></s>"
+    plain = encode(SIX, Reader(tokenizer), 999)
+    assert plain.segments[plain.answer_position + 1] == 2 and plain.labels[plain.answer_position] == IGNORED
+    assert encode(Example(QUESTION, "hm", 2), Reader(tokenizer), 999).answer_position == -1, "no answer, no position"
 
 
 # Templates
@@ -265,7 +347,7 @@ def test_rows_are_encoded_for_student_and_every_teacher(tiny_tokenizer):
     keep = ("prompt_ids", "task", "answer")
     rows = Dataset.from_list(ROWS)
     found = encode_rows(rows, Reader(student), readers, DataConfig(), keep=keep)
-    assert set(found.column_names) == {"row", "input_ids", "labels", *keep} | {
+    assert set(found.column_names) == {"row", "input_ids", "labels", "answer_position", *keep} | {
         f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index", "supervised")
     }
     for row, given_row in zip(found, ROWS, strict=True):
@@ -322,7 +404,7 @@ def test_collator_pads_on_the_right_and_masks(tiny_tokenizer):
     student, teacher = tiny_tokenizer(40), tiny_tokenizer(0)
     rows = list(encode_rows(Dataset.from_list(ROWS), Reader(student), {"t": Reader(teacher)}, DataConfig()))
     batch = KVCollator(pad_token_id=0, teacher_pad_ids={"t": 7})(rows)
-    assert set(batch) == {"row", "input_ids", "attention_mask", "labels", "teachers"}
+    assert set(batch) == {"row", "answer_position", "task", "input_ids", "attention_mask", "labels", "teachers"}
     assert set(batch["teachers"]["t"]) == {"input_ids", "attention_mask", "labels", "index", "supervised"}
     check_padding(batch, rows, "", {"input_ids": 0, "labels": IGNORED})
     check_padding(batch["teachers"]["t"], rows, "t/", {"input_ids": 7, "labels": IGNORED})
@@ -342,6 +424,196 @@ def check_padding(batch, rows, prefix: str, values: dict[str, int], masked: bool
     if masked:
         assert batch["attention_mask"].sum(1).tolist() == lengths
         assert all(m == sorted(m, reverse=True) for m in batch["attention_mask"].tolist())
+
+
+# Tasks
+
+
+def test_tasks_are_numbers_in_training_and_names_in_evaluation(plain):
+    rows = Dataset.from_list([*ROWS, {**ROWS[0], "task": None}])
+    found = encode_rows(rows, Reader(plain), {}, DataConfig())
+    assert task_names(found) == ("plus", "times") and found["task"][:] == [1, 0, None]
+    assert KVCollator(0, {})(list(found))["task"].tolist() == [1, 0, -1]
+    assert task_names(found.select([0])) == ("plus", "times"), "a part of the rows has the same numbers"
+    named = encode_rows(rows, Reader(plain), {}, DataConfig(task="{answer}-{task}"))
+    assert task_names(named) == ("12-plus", "6-None", "6-times")
+    evaluated = encode_rows(rows, Reader(plain), {}, DataConfig(), keep=("task",))
+    assert evaluated["task"][:] == ["times", "plus", None] and task_names(evaluated) == ()
+    assert "task" not in KVCollator(0, {})(list(evaluated))
+
+
+def test_rows_without_a_task_have_no_number(plain):
+    for rows in ([{"prompt": "a", "completion": "b"}], [{"prompt": "a", "completion": "b", "task": None}]):
+        found = encode_rows(Dataset.from_list(rows), Reader(plain), {}, DataConfig())
+        assert "task" not in found.column_names and task_names(found) == ()
+
+
+# Texts that differ
+
+LONG = " two and two and two is six. so seven plus five? twelve"
+OWN = [
+    {
+        "prompt": "what is two times three?",
+        "reasoning": " two times three",
+        "answer": " #### 6",
+        "long": f"{LONG} #### 6",
+    },
+    {"prompt": "what is seven plus five?", "reasoning": " seven", "answer": " #### 12", "long": f"{LONG}{LONG} #### 9"},
+]
+
+
+def encode_own(tiny_tokenizer, time: TimeAlignment, **config) -> Dataset:
+    """Student and teacher cut text unlike; the teacher reasons longer, to the same answer in the first row only."""
+    readers = {"math": Reader(tiny_tokenizer(0)), "other": Reader(tiny_tokenizer(20))}
+    settings = DataConfig(teacher_text={"math": "{long}"}, answer_markers=[" ####"], **config)
+    return encode_rows(Dataset.from_list(OWN), Reader(tiny_tokenizer(40, bos=True)), readers, settings, time=time)
+
+
+def check_segments(row: dict, name: str = "math") -> None:
+    """Every aligned position is in the segment of its counterpart; segments begin and end together."""
+    ours, theirs, index = row["segments"], row[f"{name}/segments"], row[f"{name}/index"]
+    for segment, u in zip(ours, index, strict=True):
+        if u >= 0:
+            assert theirs[math.floor(u)] == theirs[math.ceil(u)] == segment
+    known = [u for u in index if u >= 0]
+    assert known == sorted(known)
+
+
+def test_same_text_aligns_the_prompt_only_and_says_so(tiny_tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="kv_trainer.data"):
+        found = encode_own(tiny_tokenizer, TimeAlignment())
+    assert "data.teacher_text gives teacher math" in caplog.text and "segment_aware" in caplog.text
+    assert "segments" not in found.column_names and "math/rank" not in found.column_names
+    wide = encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))
+    for row, segmented in zip(found, wide, strict=True):
+        for i, j in enumerate(row["math/index"]):
+            assert isinstance(j, int) and (j < 0 or segmented["segments"][i] == 0)
+        assert max(row["math/index"]) >= 0 and row["other/index"] == [int(u) for u in segmented["other/index"]]
+
+
+def test_linear_goes_from_end_to_end(tiny_tokenizer):
+    for row in encode_own(tiny_tokenizer, TimeAlignment("linear")):
+        count, there = len(row["input_ids"]), len(row["math/input_ids"])
+        assert row["math/index"] == pytest.approx([i * (there - 1) / (count - 1) for i in range(count)])
+
+
+def test_segment_aware_is_spans_where_text_is_shared_and_linear_where_not(tiny_tokenizer):
+    student, teacher = tiny_tokenizer(40, bos=True), tiny_tokenizer(0)
+    first, second = encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))
+    for row in (first, second):
+        check_segments(row)
+        index, ours, theirs = row["math/index"], row["segments"], row["math/segments"]
+        inside = [index[i] for i, segment in enumerate(ours) if segment == 1]
+        low, high = theirs.index(1), len(theirs) - 1 - theirs[::-1].index(1)
+        steps = len(inside) - 1
+        assert inside == pytest.approx([low + i * (high - low) / steps for i in range(steps + 1)])
+        assert index[-1] == len(theirs) - 1 and index[0] == -1, "the ends meet, and only the student has a start token"
+    # The same answer behind another reasoning: by spans, so by what was read of it.
+    of = [i for i, segment in enumerate(first["segments"]) if segment == 2]
+    begin = first["math/segments"].index(2)
+    for i in of:
+        j = first["math/index"][i]
+        assert j == int(j)
+        read = student.decode(first["input_ids"][of[0] : i + 1])
+        assert teacher.decode(first["math/input_ids"][begin : int(j) + 1]) == read
+    # Another answer (9 for 12): linear.
+    answer = [second["math/index"][i] for i, segment in enumerate(second["segments"]) if segment == 2]
+    assert answer[0] == second["math/segments"].index(2) and -1 not in answer
+
+
+@pytest.mark.parametrize("budget", [None, 1, 3, 50])
+def test_rkv_leaves_the_reasoning_to_the_run(tiny_tokenizer, budget):
+    encoded = encode_own(tiny_tokenizer, TimeAlignment("rkv", budget=budget))
+    aware = encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))
+    for row, plain_row in zip(encoded, aware, strict=True):
+        ranks = [r for r, segment in zip(row["math/rank"], row["segments"], strict=True) if segment == 1]
+        count = min(len(ranks), budget or 99)
+        assert sorted(set(ranks)) == list(range(count)) and ranks == sorted(ranks), "each is used, in time order"
+        for i, segment in enumerate(row["segments"]):
+            if segment == 1:
+                assert row["math/index"][i] == -1
+            else:
+                assert row["math/rank"][i] == -1 and row["math/index"][i] == plain_row["math/index"][i]
+        assert set(row["other/rank"]) == {-1} and row["other/index"] == plain_row["other/index"], "it reads the same"
+    assert aligned_share(encoded, "math") == aligned_share(aware, "math")
+    batch = KVCollator(0, {"math": 0, "other": 0})(list(encoded))
+    assert batch["segments"].shape == batch["input_ids"].shape == batch["teachers"]["math"]["rank"].shape
+    theirs = batch["teachers"]["math"]
+    assert theirs["segments"].shape == theirs["input_ids"].shape and theirs["segments"][0, -1] == -1
+    assert theirs["index"].dtype == torch.float32 and theirs["rank"].dtype == torch.long
+    given = torch.tensor(encoded[0]["math/index"])
+    torch.testing.assert_close(theirs["index"][0, : len(given)], given)
+
+
+def test_a_short_reasoning_of_the_teacher_is_shared_out(tiny_tokenizer):
+    rows = Dataset.from_list([{**OWN[0], "long": "x #### 6"}])
+    config = DataConfig(teacher_text={"math": "{long}"}, answer_markers=[" ####"])
+    readers = Reader(tiny_tokenizer(40)), {"math": Reader(tiny_tokenizer(0))}
+    row = encode_rows(rows, *readers, config, time=TimeAlignment("rkv"))[0]
+    assert {r for r, s in zip(row["math/rank"], row["segments"], strict=True) if s == 1} == {0}
+    nothing = rows.map(lambda row: {"long": " #### 6"})
+    row = encode_rows(nothing, *readers, config, time=TimeAlignment("rkv"))[0]
+    assert set(row["math/rank"]) == {-1} and max(row["math/index"]) > 0
+    row = encode_rows(nothing, *readers, config, time=TimeAlignment("segment_aware"))[0]
+    assert {u for u, s in zip(row["math/index"], row["segments"], strict=True) if s == 1} == {-1}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", ["same_text", "linear", "segment_aware", "rkv"])
+@pytest.mark.parametrize("length", [4, 17, 40])
+def test_indices_stay_inside_rows_that_are_cut(tiny_tokenizer, method, length, side):
+    time = TimeAlignment(method)
+    try:
+        rows = encode_own(tiny_tokenizer, time, max_length=length, truncation_side=side, train_on_prompt=True)
+    except ValueError as error:
+        pytest.fail(str(error))
+    for row in rows:
+        assert len(row["input_ids"]) <= length and len(row["math/index"]) == len(row["input_ids"])
+        assert max(row["math/index"]) <= len(row["math/input_ids"]) - 1
+        if method in ("segment_aware", "rkv"):
+            check_segments(row)
+
+
+def test_mistakes_in_teacher_text_are_named(tiny_tokenizer):
+    rows, reader = Dataset.from_list(OWN), Reader(tiny_tokenizer())
+    with pytest.raises(ValueError, match="names a teacher 'maths', but the teachers are math"):
+        encode_rows(rows, reader, {"math": reader}, DataConfig(teacher_text={"maths": "{long}"}))
+    with pytest.raises(ValueError, match="column 'lang', but the rows have prompt"):
+        encode_rows(rows, reader, {"math": reader}, DataConfig(teacher_text={"math": "{lang}"}))
+    with pytest.raises(ValueError, match="column without a name, but"):
+        encode_rows(rows, reader, {}, DataConfig(task="{}"))
+    assert len(encode_rows(rows, reader, {}, DataConfig(teacher_text={"math": "{long}"}))) == 2, "evaluation has none"
+
+
+def test_a_low_share_is_told_with_the_teacher(tiny_tokenizer, caplog):
+    rows, student = Dataset.from_list(ROWS), Reader(tiny_tokenizer(0))
+    with caplog.at_level(logging.WARNING, logger="kv_trainer.data"):
+        encode_rows(rows, student, {"near": Reader(tiny_tokenizer(0))}, DataConfig())
+        assert not caplog.records
+        found = encode_rows(rows, student, {"far": Reader(tiny_tokenizer(120))}, DataConfig())
+    share = aligned_share(found, "far")
+    assert share < 0.5 and f"Only {100 * share:.0f}%" in caplog.text and "teacher far: check" in caplog.text
+
+
+def test_time_settings_in_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    start = "student: {config: ./s, tokenizer: ./t}\nteachers: {math: {model: ./m}}\n"
+    start += "losses: {cross_entropy: {}, kv_relation: {}}\n"
+    data = 'data: {path: ./d.jsonl, teacher_text: {math: "{long}"}, truncation_side: left, answer_markers: ["A:"]}\n'
+    for folder in ("s", "t", "m"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    path.write_text(start + data + "alignment: {time: {method: rkv, budget: 24}}\n")
+    args = load_recipe(str(path)).args
+    assert args.alignment.time == TimeAlignment("rkv", 24) and args.data.teacher_text == {"math": "{long}"}
+    assert (args.data.truncation_side, args.data.answer_markers) == ("left", ["A:"])
+    for wrong, says in (
+        ("{method: linear, budget: 3}", "linear has no use"),
+        ("{method: rkv, budget: 0}", "at least 1"),
+    ):
+        path.write_text(start + data + f"alignment: {{time: {wrong}}}\n")
+        with pytest.raises(ValueError, match=says):
+            load_recipe(str(path))
 
 
 # Loading

@@ -12,7 +12,8 @@ import yaml
 from transformers import TrainingArguments
 
 from kv_trainer.arguments import MultiTeacherKVConfig, ProjectorConfig
-from kv_trainer.losses import LOSSES
+from kv_trainer.fusion import FUSIONS, Similarity, Uniform
+from kv_trainer.losses import LOSSES, GradientShare
 from kv_trainer.recipes import NESTED, RecipeError, load_recipe, save_recipe
 
 BASE = """\
@@ -425,11 +426,70 @@ def test_extends_errors(folder: Path) -> None:
     assert error_of("extends: ./base.yaml") == circle
 
 
+AROUND = """\
+freeze: {attention: true, until_step: 500, layer_groups: 3, unfreeze_every: 200, order: bottom_up}
+early_stopping: {patience: 3, threshold: 0.01}
+accumulation: {steps: [1, 2, 4], at: [0.0, 0.3, 0.6]}
+training: {eval_strategy: steps, eval_steps: 5, save_strategy: steps, save_steps: 5, load_best_model_at_end: true}
+"""
+
+
+def test_what_is_around_the_steps_is_read_and_saved() -> None:
+    recipe = load_recipe(write(ALONE + AROUND))
+    assert recipe.args.freeze.until_step == 500 and recipe.args.freeze.order == "bottom_up"
+    assert recipe.args.early_stopping.patience == 3 and recipe.args.accumulation.steps == [1, 2, 4]
+    save_recipe(recipe, "s.yaml")
+    again = load_recipe("s.yaml").args
+    for section in ("freeze", "early_stopping", "accumulation"):
+        assert getattr(again, section) == getattr(recipe.args, section)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("freeze: {attention: true}", "freeze in recipes/x.yaml, line 3: attention and until_step need each other"),
+        ("freeze: {atention: true}", "Unknown key 'freeze.atention' in recipes/x.yaml, line 3. Did you mean"),
+        ("early_stopping: {patience: 3}", "early_stopping in recipes/x.yaml, line 3: early_stopping needs more under"),
+        ("accumulation: {steps: [1, 2], at: [0.0]}", "accumulation in recipes/x.yaml, line 3: steps is [1, 2] and at"),
+        (
+            "accumulation: {steps: [2, 4], at: [0.0, 0.5]}\ntraining: {gradient_accumulation_steps: 8}",
+            "accumulation in recipes/x.yaml, line 3: training.gradient_accumulation_steps is 8, but",
+        ),
+    ],
+)
+def test_errors_around_the_steps(text: str, message: str) -> None:
+    assert error_of(ALONE + text).startswith(message)
+
+
+def test_a_quick_run_is_short_and_saves_nothing() -> None:
+    args = load_recipe(write(ALONE + AROUND), quick=True).args
+    assert (args.max_steps, args.data.max_train_samples, args.data.max_eval_samples) == (20, 128, 32)
+    assert (args.save_strategy, args.load_best_model_at_end, args.push_to_hub) == ("no", False, False)
+    assert args.output_dir == os.path.join("outputs", "recipes", "x") + "-quick" and args.logging_steps == 5
+    assert args.early_stopping.patience is None and args.freeze.until_step == 500
+
+
+def test_the_command_line_wins_over_the_preset_of_a_quick_run() -> None:
+    path = write(ALONE + "training: {output_dir: o/, max_steps: 1000, logging_steps: 2}")
+    args = load_recipe(path, quick=True).args
+    assert (args.output_dir, args.max_steps, args.logging_steps) == ("o-quick", 20, 2)
+    over = ["--training.max_steps", "7", "--data.max_train_samples=500", "--training.output_dir=mine"]
+    args = load_recipe(path, over, quick=True).args
+    assert (args.output_dir, args.max_steps, args.data.max_train_samples) == ("mine", 7, 500)
+    args = load_recipe(path, ["--training.num_train_epochs=2"], quick=True).args
+    assert (args.max_steps, args.num_train_epochs) == (-1, 2)
+
+
+def test_what_is_shorter_than_a_quick_run_stays_so() -> None:
+    text = ALONE.replace("org/rows", "org/rows, max_train_samples: 10") + "training: {max_steps: 3}"
+    args = load_recipe(write(text), quick=True).args
+    assert (args.max_steps, args.data.max_train_samples, args.data.max_eval_samples) == (3, 10, 32)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["--teachers.math.weight", "2"], "teachers.math.weight has no effect"),
-        (["--fusion", "{method: fixed, temperature: 2}"], "fusion.temperature has no effect"),
         (["--projector.dropout", "0.2"], "projector has no effect"),
         (
             ["--control.shuffle", "rows", "--teachers=null", "--losses.kv_relation=null"],
@@ -480,7 +540,50 @@ def test_saved_recipe_holds_only_training_that_differs() -> None:
         "report_to": [],
         "logging_steps": 10,
         "save_total_limit": 2,
+        "logging_nan_inf_filter": False,
     }
+
+
+# ---- methods with knobs of their own
+
+
+def test_a_weight_can_be_a_share_of_the_gradient() -> None:
+    recipe = load_recipe(write(BASE), ["--losses.kv_relation.weight", "{gradient_share: 0.2, every: 5}"])
+    assert recipe.args.losses["kv_relation"].weight == GradientShare(0.2, every=5)
+    save_recipe(recipe, "s.yaml")
+    assert load_recipe("s.yaml").args.losses == recipe.args.losses
+    with pytest.raises(RecipeError, match="Unknown key 'losses.kv_relation.weight.share' on the command line"):
+        load_recipe(write(BASE), ["--losses.kv_relation.weight", "{share: 0.2}"])
+    with pytest.raises(RecipeError, match="give a mapping of gradient_share, every, smoothing or a float"):
+        load_recipe(write(BASE), ["--losses.kv_relation.weight", "much"])
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_every_fusion_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(write(BASE), ["--fusion.method", name])
+    assert recipe.args.fusion == FUSIONS[name]()
+    save_recipe(recipe, "s.yaml")
+    assert load_recipe("s.yaml").args.fusion == recipe.args.fusion
+
+
+def test_another_fusion_drops_the_knobs_of_the_first() -> None:
+    text = BASE + "fusion: {method: similarity, clusters: 3}\n"
+    assert load_recipe(write(text), ["--fusion.clusters", "5"]).args.fusion == Similarity(clusters=5)
+    assert load_recipe(write(text), ["--fusion.method", "uniform"]).args.fusion == Uniform()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{method: fixed, temperature: 2}", "Unknown key 'fusion.temperature' .* Known: method; fixed takes no sett"),
+        ("{method: ruter}", "fusion.method on the command line is 'ruter'; .* Did you mean 'router'"),
+        ("{method: entropy, temperature: 0}", "temperature is 0"),
+        ("{method: router, kind: cnn}", "fusion.kind .* give one of 'linear', 'mlp'"),
+    ],
+)
+def test_impossible_fusions_are_refused(value: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(BASE), ["--fusion", value])
 
 
 @pytest.mark.skipif(not DEPRECATES, reason="this version of transformers does not know activation_checkpointing")

@@ -107,21 +107,25 @@ class TeacherProjectors(nn.Module):
     ) -> None:
         super().__init__()
         self.direction = direction
-        ours, theirs = (student.num_kv_heads, student.head_dim), (teacher.num_kv_heads, teacher.head_dim)
-        inputs, outputs = (ours, theirs) if direction == "student_to_teacher" else (theirs, ours)
-        if method == "none" and ours != theirs:
-            raise ValueError(
-                f"projector.method is 'none', but the student has {ours[0]} KV heads of width {ours[1]}, and the "
-                f"teacher {theirs[0]} of width {theirs[1]}; use 'linear'."
+
+        def projectors(our_width: int, their_width: int) -> nn.ModuleList:
+            ours, theirs = (student.num_kv_heads, our_width), (teacher.num_kv_heads, their_width)
+            inputs, outputs = (ours, theirs) if direction == "student_to_teacher" else (theirs, ours)
+            if method == "none" and ours != theirs:
+                raise ValueError(
+                    f"projector.method is 'none', but the student has {ours[0]} KV heads of width {ours[1]}, and the "
+                    f"teacher {theirs[0]} of width {theirs[1]}; use 'linear'."
+                )
+            return nn.ModuleList(
+                nn.Identity() if method == "none" else KVProjector(inputs, outputs, method=method, **knobs)
+                for _ in range(student.num_layers)
             )
 
-        def projector() -> nn.Module:
-            return nn.Identity() if method == "none" else KVProjector(inputs, outputs, method=method, **knobs)
-
-        self.keys = nn.ModuleList(projector() for _ in range(student.num_layers))
-        self.values = nn.ModuleList(projector() for _ in range(student.num_layers))
-        # Per-channel statistics of the teacher's keys and values, from calibration: [2, L, H, 1, D].
-        shape = (2, student.num_layers, theirs[0], 1, theirs[1])
+        widths = teacher.head_dim, teacher.value_dim or teacher.head_dim
+        self.keys = projectors(student.head_dim, widths[0])
+        self.values = projectors(student.value_dim or student.head_dim, widths[1])
+        # Per-channel statistics of the teacher's keys and values, from calibration: [2, L, H, 1, D], of the wider.
+        shape = (2, student.num_layers, teacher.num_kv_heads, 1, max(widths))
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape))
 
@@ -132,8 +136,12 @@ class TeacherProjectors(nn.Module):
 
     def standardise(self, states: KVStates) -> KVStates:
         """States of the teacher's shape less its calibrated mean, over its calibrated deviation, by channel."""
-        keys = tuple((k - m) / s for k, m, s in zip(states.keys, self.mean[0], self.scale[0], strict=True))
-        values = tuple((v - m) / s for v, m, s in zip(states.values, self.mean[1], self.scale[1], strict=True))
+
+        def standard(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+            return (x - mean[..., : x.shape[-1]]) / scale[..., : x.shape[-1]]
+
+        keys = tuple(map(standard, states.keys, self.mean[0], self.scale[0]))
+        values = tuple(map(standard, states.values, self.mean[1], self.scale[1]))
         return KVStates(keys, values, states.mask, states.layers, states.num_layers)
 
     @torch.no_grad()
@@ -144,5 +152,5 @@ class TeacherProjectors(nn.Module):
         for part, name in enumerate(("keys", "values")):
             for layer in range(self.mean.shape[1]):
                 rows = torch.cat([getattr(b, name)[layer].transpose(1, 2)[b.mask] for b in batches]).float()
-                self.mean[part, layer, :, 0] = rows.mean(0)
-                self.scale[part, layer, :, 0] = rows.std(0, correction=0).clamp_min(1e-4)
+                self.mean[part, layer, :, 0, : rows.shape[-1]] = rows.mean(0)
+                self.scale[part, layer, :, 0, : rows.shape[-1]] = rows.std(0, correction=0).clamp_min(1e-4)

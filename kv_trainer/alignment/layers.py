@@ -12,7 +12,10 @@ from ..types import KVStates
 
 @dataclass(frozen=True)
 class LayerMap:
-    """For each student layer two teacher layers and how far to go from the first to the second (0 to 1)."""
+    """For each student layer two teacher layers and how far to go from the first to the second (0 to 1).
+
+    Only layers that have keys and values count on either side. Teacher layers go by their number in the model.
+    """
 
     lower: tuple[int, ...]
     upper: tuple[int, ...]
@@ -25,7 +28,11 @@ class LayerMap:
         return tuple(sorted({*self.lower, *upper}))
 
     def apply(self, states: KVStates) -> KVStates:
-        """Teacher states (at least the needed layers) as one state a student layer."""
+        """Teacher states (at least the needed layers) as one state a student layer.
+
+        Hidden states are mixed as keys are, after the embeddings. Queries are left out: the attention of a mixture of
+        layers is no mixture of their attentions.
+        """
         position = {layer: i for i, layer in enumerate(states.layers)}
 
         def mix(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -35,7 +42,16 @@ class LayerMap:
             )
 
         layers = tuple(range(len(self.lower)))
-        return replace(states, keys=mix(states.keys), values=mix(states.values), layers=layers, num_layers=len(layers))
+        return replace(
+            states,
+            keys=mix(states.keys),
+            values=mix(states.values),
+            layers=layers,
+            num_layers=len(layers),
+            queries=None,
+            attention=None,
+            hidden=(states.hidden[0], *mix(states.hidden[1:])) if states.hidden else None,
+        )
 
 
 def relative_depth(student_layers: int, teacher_layers: int) -> LayerMap:
@@ -64,18 +80,27 @@ def explicit(layers: Sequence[int]) -> LayerMap:
     return LayerMap(tuple(layers), tuple(layers), (0.0,) * len(layers))
 
 
-def layer_map(method: str, student_layers: int, teacher_layers: int, given: Sequence[int] | None = None) -> LayerMap:
-    """The map that the recipe asks for; `given` is its explicit list for this teacher."""
+def layer_map(
+    method: str, student_layers: int, teacher_layers: int | Sequence[int], given: Sequence[int] | None = None
+) -> LayerMap:
+    """The map that the recipe asks for; `given` is its explicit list for this teacher.
+
+    student_layers: how many layers of the student have keys and values. teacher_layers: the numbers of those of the
+    teacher (`KVShape.layer_numbers`), or how many it has if all do.
+    """
+    numbers = tuple(range(teacher_layers)) if isinstance(teacher_layers, int) else tuple(teacher_layers)
     if method != "explicit":
-        return {"relative_depth": relative_depth, "nearest": nearest}[method](student_layers, teacher_layers)
+        found = {"relative_depth": relative_depth, "nearest": nearest}[method](student_layers, len(numbers))
+        lower, upper = (tuple(numbers[i] for i in side) for side in (found.lower, found.upper))
+        return LayerMap(lower, upper, found.fraction)
     if given is None or len(given) != student_layers:
         raise ValueError(
             f"alignment.layers.map gives {given} for a student of {student_layers} layers; "
             "list one teacher layer for each of them."
         )
-    wrong = [layer for layer in given if not 0 <= layer < teacher_layers]
+    wrong = [layer for layer in given if layer not in numbers]
     if wrong:
-        raise ValueError(
-            f"alignment.layers.map names the teacher layers {wrong}, but it has layers 0 to {teacher_layers - 1}."
-        )
+        every = numbers == tuple(range(len(numbers)))
+        has = f"it has layers 0 to {len(numbers) - 1}" if every else f"only {list(numbers)} have keys and values"
+        raise ValueError(f"alignment.layers.map names the teacher layers {wrong}, but {has}.")
     return explicit(given)

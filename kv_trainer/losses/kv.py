@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import KVStates
-from .base import DistillationLoss, LossInputs, heard, masked_mean
+from .base import LayerwiseLoss, LossInputs, heard, masked_mean
 
 Metric = Literal["mse", "smooth_l1", "l1", "cosine"]
 
@@ -36,7 +37,7 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass
-class KVLoss(DistillationLoss):
+class KVLoss(LayerwiseLoss):
     """Distance between the student's keys and values and the teachers', head by head.
 
     The projectors decide the direction. `student_to_teacher`: the student's states are mapped to each teacher's
@@ -60,38 +61,56 @@ class KVLoss(DistillationLoss):
         assert inputs.student is not None and inputs.weights is not None
         directions = {p.direction for p in inputs.projectors.values()}
         assert len(directions) == 1, "all teachers share one direction"
-        per_sample = self._to_teachers(inputs) if directions == {"student_to_teacher"} else self._to_student(inputs)
-        return per_sample.sum() / inputs.num_samples
+        per_layer = self._to_teachers(inputs) if directions == {"student_to_teacher"} else self._to_student(inputs)
+        factors = self.layer_factors(inputs, len(per_layer))
+        return torch.einsum("lb,l->", per_layer, factors) / len(factors) / inputs.num_samples
 
     def _to_teachers(self, inputs: LossInputs) -> Tensor:
+        """[L, B], teachers averaged by their shares."""
         total = torch.zeros((), device=inputs.labels.device)
         for weight, (name, teacher) in zip(inputs.weights, inputs.teachers.items(), strict=True):
             # Both sides in the calibrated units of the teacher's channels: a few loud channels must not be all.
             projected = inputs.projectors[name].standardise(inputs.projectors[name](inputs.student))
             with torch.no_grad():
                 target = inputs.projectors[name].standardise(teacher)
-            total = total + weight * self._compare(projected, target, teacher.mask)
+            where = self.position_weights(inputs, teacher.mask)
+            each = [
+                self._compare(ours, theirs, teacher.mask, where)
+                for ours, theirs in zip(pairs(projected), pairs(target), strict=True)
+            ]
+            total = total + weight * torch.stack(each)
         return total
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
-        masks = heard(inputs)
-        share = inputs.weights[:, :, None] * masks
-        share = (share / share.sum(0).clamp_min(1e-12))[:, :, None, :, None]  # [M, B, 1, T, 1]
-        mapped = [inputs.projectors[name](teacher) for name, teacher in inputs.teachers.items()]
-        fused = KVStates(
-            keys=tuple(sum(s * k for s, k in zip(share, layer)) for layer in zip(*(m.keys for m in mapped))),
-            values=tuple(sum(s * v for s, v in zip(share, layer)) for layer in zip(*(m.values for m in mapped))),
-            mask=masks.any(0),
-            layers=inputs.student.layers,
-            num_layers=inputs.student.num_layers,
-        )
-        return self._compare(inputs.student, fused, fused.mask)
+        """[L, B], against one fused target."""
+        mapped = [pairs(inputs.projectors[name](teacher)) for name, teacher in inputs.teachers.items()]
+        each = []
+        for layer, ours in enumerate(pairs(inputs.student)):
+            share = heard(inputs, layer)  # [M, B, T]
+            mask = (share > 0).any(0)
+            targets = [torch.stack(part) for part in zip(*(theirs[layer] for theirs in mapped))]
+            fused = [self._fuse(x, part, share, inputs) for x, part in zip(ours, targets, strict=True)]
+            each.append(self._compare(ours, fused, mask, self.position_weights(inputs, mask)))
+        return torch.stack(each)
 
-    def _compare(self, ours: KVStates, target: KVStates, mask: Tensor) -> Tensor:
-        """Mean over positions, layers, keys and values: [B]."""
+    def _fuse(self, ours: Tensor, targets: Tensor, share: Tensor, inputs: LossInputs) -> Tensor:
+        """The teachers' mean: ours [B, H, T, D], targets [M, B, H, T, D], share [M, B, T] -> [B, H, T, D]."""
+        mixed = share[:, :, None, :, None]
+        if inputs.fusion is not None and inputs.fusion.in_target_space:
+            mixed = inputs.fusion.mixing((targets - ours).detach(), mixed, keep=1)
+        return (mixed * targets).sum(0) / mixed.sum(0).clamp_min(1e-12)
+
+    def _compare(self, ours: Sequence[Tensor], target: Sequence[Tensor], mask: Tensor, where: Tensor) -> Tensor:
+        """Mean over positions (weighted by `where` [B, T]) of keys and values: [B]."""
         terms = []
-        for x, y in zip((*ours.keys, *ours.values), (*target.keys, *target.values), strict=True):
+        for x, y in zip(ours, target, strict=True):
             x, y = x.float(), y.float()
             scale = 1.0 if self.metric == "cosine" else spread(y.detach(), mask)
-            terms.append(masked_mean(distance(x / scale, y / scale, self.metric), mask, 1))
+            distances = distance(x / scale, y / scale, self.metric)
+            terms.append((distances * where).sum(1) / where.sum(1).clamp_min(1))
         return torch.stack(terms).mean(0)
+
+
+def pairs(states: KVStates) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, layer by layer."""
+    return list(zip(states.keys, states.values, strict=True))

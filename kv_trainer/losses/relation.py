@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, LossInputs, heard, stacked
+from ..fusion import Fusion
+from .base import LayerwiseLoss, LossInputs, heard, stacked
 
 
 def directions(x: Tensor, length: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def pick_positions(mask: Tensor, count: int) -> Tensor:
 
 
 @dataclass
-class KVRelationLoss(DistillationLoss):
+class KVRelationLoss(LayerwiseLoss):
     """Relative squared error between the student's and the fused teachers' Gram matrices of positions.
 
     For every layer, for K and for V, and for every group of samples: the states of its positions are flattened over
@@ -74,32 +75,56 @@ class KVRelationLoss(DistillationLoss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
+        layers = len(inputs.student.layers)
+        factors = self.layer_factors(inputs, layers)
+        # Shares that are the same in all layers let all layers be one product.
+        together = [list(range(layers))] if inputs.weights.dim() == 2 else [[i] for i in range(layers)]
+        parts = 2 if self.parts == "both" else 1
+        total = torch.zeros((), device=inputs.labels.device)
+        for chosen in together:
+            relative = self._relative(inputs, chosen)  # [parts x layers, groups]
+            total = total + torch.einsum("nq,n->", relative * self._sizes(inputs), factors[chosen].repeat(parts))
+        return total / (parts * layers) / inputs.num_samples
+
+    def _sizes(self, inputs: LossInputs) -> Tensor:
+        """[groups]: a group counts as many times as it has samples; only the last one can be incomplete."""
+        samples = len(inputs.labels)
+        sizes = [min(self.samples, samples - start) for start in range(0, samples, self.samples)]
+        return torch.tensor(sizes, dtype=torch.float32, device=inputs.labels.device)
+
+    def _relative(self, inputs: LossInputs, layers: list[int]) -> Tensor:
+        """The relative squared error of some layers, [parts x layers, groups]."""
+        assert inputs.student is not None
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
-        # [M, B, T]: how much each teacher counts at each position.
-        shares = heard(inputs) * inputs.weights[:, :, None]
-        samples = shares.shape[1]
-        groups = -(-samples // self.samples)
+        shares = heard(inputs, layers[0])
+        shares = shares * self.position_weights(inputs, (shares > 0).any(0))
+        groups = -(-shares.shape[1] // self.samples)
         shares = grouped(shares, groups, self.samples)
         student, *teachers = (
-            grouped(stacked(s, parts), groups, self.samples) for s in (inputs.student, *inputs.teachers.values())
+            grouped(stacked(s, parts, layers), groups, self.samples)
+            for s in (inputs.student, *inputs.teachers.values())
         )
         if student.shape[2] > self.max_positions:
             chosen = pick_positions((shares > 0).any(0), self.max_positions)
             shares = shares.gather(2, chosen.expand(len(shares), -1, -1))
             student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
-        target, weight = fuse(teachers, shares)
         ours = directions(student, (shares > 0).any(0).float())
-        difference = (ours @ ours.mT) * weight - target
-        energy = target.square().sum((2, 3))
+        gram = ours @ ours.mT
+        with torch.set_grad_enabled(torch.is_grad_enabled() and shares.requires_grad):  # a router learns through them
+            if inputs.fusion is not None and inputs.fusion.in_target_space:
+                target, weight = fuse_by_element(teachers, shares, gram.detach(), inputs.fusion)
+            else:
+                target, weight = fuse(teachers, shares)
+        energy = target.detach().square().sum((2, 3))
         # Without any relation in the target (one position, or equal ones) the group teaches nothing.
-        relative = difference.square().sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
-        # A group counts as many times as it has samples; only the last one can be incomplete.
-        sizes = torch.full((groups,), float(self.samples), device=relative.device)
-        sizes[-1] = samples - self.samples * (groups - 1)
-        return (relative.mean(0) * sizes).sum() / inputs.num_samples
+        return (gram * weight - target).square().sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
 
 
-@torch.no_grad()
+def root(x: Tensor) -> Tensor:
+    """Square root whose slope at 0 is 0, not infinite."""
+    return torch.where(x > 0, x.clamp_min(1e-12).sqrt(), 0.0)
+
+
 def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
     """The mean Gram matrix, and the weight, of each pair, both with the square root of the weight as a factor.
 
@@ -107,12 +132,29 @@ def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
     mean cosine sum of sqrt(share_i share_j) cos_m / W. Returns sqrt(W) mean [N, Q, P, P] and sqrt(W) [Q, P, P], zero
     on the diagonal. Scaling the directions by sqrt(share) makes both sums one product over all teachers' channels.
     """
-    root = shares.sqrt()
-    scaled = torch.cat([directions(x, r) for x, r in zip(teachers, root)], dim=-1)
-    weight = torch.einsum("mqi,mqj->qij", root, root)
-    weight.diagonal(dim1=1, dim2=2).zero_()
-    weight = weight.sqrt()
+    lengths = root(shares)
+    scaled = torch.cat([directions(x, r) for x, r in zip(teachers, lengths)], dim=-1)
+    weight = root(off_diagonal(torch.einsum("mqi,mqj->qij", lengths, lengths)))
     return (scaled @ scaled.mT) * torch.where(weight > 0, 1 / weight.clamp_min(1e-12), 0), weight
+
+
+def fuse_by_element(teachers: list[Tensor], shares: Tensor, ours: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
+    """As `fuse`, but the fusion decides how much each teacher counts in each pair, or group of samples.
+
+    ours: [N, Q, P, P], the student's Gram matrix. Returns sqrt(W) mean and sqrt(W), both [N, Q, P, P].
+    """
+    lengths = root(shares)
+    weight = torch.stack([off_diagonal(r.unsqueeze(2) * r.unsqueeze(1)) for r in lengths])[:, None]
+    units = [directions(x, (r > 0).float()) for x, r in zip(teachers, lengths)]
+    grams = torch.stack([u @ u.mT for u in units])
+    mixed = fusion.mixing(grams - ours, weight, keep=2)
+    total = mixed.sum(0)
+    return (mixed * grams).sum(0) / root(total).clamp_min(1e-6), root(total)
+
+
+def off_diagonal(x: Tensor) -> Tensor:
+    """[..., P, P] with zeros on the diagonal."""
+    return x * ~torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)
 
 
 def grouped(x: Tensor, groups: int, size: int) -> Tensor:

@@ -24,8 +24,11 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "chain_teacher": ("one_teacher", []),
     "letters_teacher": ("two_teachers", ["--teachers.chain", "null"]),
     "shuffled_teacher": ("shuffled_teacher", []),
-    "two_uniform": ("two_teachers", ["--fusion.method", "fixed"]),
 }
+FUSIONS = ("uniform", "entropy", "task_wise", "similarity", "router", "govern", "min_norm")  # confidence: two_teachers
+ARMS |= {f"fusion_{name}": ("two_teachers", ["--fusion", f"{{method: {name}}}"]) for name in FUSIONS}
+ARMS["fusion_ca_mkd"] = ("two_teachers", ["--fusion", "{method: confidence, form: ca_mkd}"])
+MAIN = [arm for arm in ARMS if not arm.startswith("fusion_")]
 
 
 def run(arm: str, seed: int, output: Path, extra: list[str]) -> None:
@@ -48,7 +51,7 @@ def accuracy(folder: Path, name: str = "eval_accuracy") -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", default=[a for a in ARMS if a != "two_uniform"], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=MAIN, choices=ARMS)
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--processes", type=int, default=2)
     options, extra = parser.parse_known_args()

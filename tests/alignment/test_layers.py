@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -116,3 +116,39 @@ def test_interpolation_passes_no_teacher_by():
     middle = relative_depth(3, 4).apply(make_states((0, 1, 2, 3), 4)).keys[1]
     every = make_states((0, 1, 2, 3), 4).keys
     torch.testing.assert_close(middle, (every[1] + every[2]) / 2)
+
+
+HYBRID = (3, 7, 11, 15)  # the layers of a hybrid teacher that have keys and values
+
+
+@given(ours=COUNT)
+def test_relative_depth_of_a_hybrid_counts_layers_with_keys_and_values(ours):
+    plain, found = relative_depth(ours, 4), layer_map("relative_depth", ours, HYBRID)
+    assert found.fraction == plain.fraction
+    assert found.lower == tuple(HYBRID[i] for i in plain.lower) and found.upper == tuple(HYBRID[i] for i in plain.upper)
+    assert set(found.needed) <= set(HYBRID)
+    assert set(layer_map("nearest", ours, HYBRID).lower) <= set(HYBRID)
+
+
+def test_a_hybrids_layers_are_applied_by_their_number_in_the_model():
+    states = make_states(HYBRID, 16)
+    mapped = layer_map("relative_depth", 7, HYBRID).apply(states)
+    torch.testing.assert_close(mapped.keys[1], (states.keys[0] + states.keys[1]) / 2)
+    assert torch.equal(mapped.keys[6], states.keys[3])
+    explicitly = layer_map("explicit", 2, HYBRID, [15, 3]).apply(states)
+    assert torch.equal(explicitly.values[0], states.values[3]) and torch.equal(explicitly.values[1], states.values[0])
+
+
+def test_naming_a_layer_without_keys_and_values_is_an_error():
+    with pytest.raises(ValueError, match=r"names the teacher layers \[0, 4\], but only \[3, 7, 11, 15\] have keys and"):
+        layer_map("explicit", 3, HYBRID, [0, 3, 4])
+
+
+def test_hidden_states_are_mixed_behind_the_embeddings_and_queries_left_out():
+    draw = torch.Generator().manual_seed(4)
+    hidden = tuple(torch.randn(5, 2, 3, 6, generator=draw))
+    states = replace(make_states((0, 1, 2, 3), 4), hidden=hidden, queries=hidden[1:], attention=(None,) * 4)
+    mapped = relative_depth(3, 4).apply(states)
+    assert len(mapped.hidden) == 4 and mapped.queries is None and mapped.attention is None
+    assert torch.equal(mapped.hidden[0], hidden[0]) and torch.equal(mapped.hidden[3], hidden[4])
+    torch.testing.assert_close(mapped.hidden[2], (hidden[2] + hidden[3]) / 2)

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partly
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_wholly
 
-from kv_trainer.alignment.rope import rotate, rotate_half, unrotate
+from kv_trainer.alignment.rope import inverse, rerotate, rotate, rotate_half, rotates, rotation_of, unrotate
+from kv_trainer.capture import attention_layers
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
@@ -74,3 +75,65 @@ def test_gradient_is_turned_back_too():
     keys = torch.randn(1, 2, 4, 6, dtype=torch.float64, requires_grad=True)
     cos, sin = (x.double() for x in angles(torch.arange(4)[None], 4, 1.3))
     assert torch.autograd.gradcheck(lambda k: unrotate(k, cos, sin), keys)
+
+
+OWN = {  # family -> how many of the channels turn, and how many of its three layers
+    "llama": (8, 3), "cohere": (8, 3), "cohere2": (12, 2), "glm": (6, 3), "glm4": (6, 3), "ernie4_5": (8, 3),
+    "gpt_neox": (2, 3), "phi": (4, 3), "gpt_oss": (12, 3), "smollm3": (8, 2), "exaone4": (8, 2), "gemma3_text": (12, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_familys_own_rotation_is_linear_and_undone(tiny_model, family):
+    model, (width, turning) = tiny_model(family), OWN[family]
+    layers = [layer.module for layer in attention_layers(model)]
+    assert sum(map(rotates, layers)) == turning
+    rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+    keys = torch.randn(2, 3, 20, layers[0].head_size if family == "gpt_neox" else layers[0].head_dim)
+    kind = (model.config.layer_types[0],) if family == "gemma3_text" else ()
+    embeddings = rotary(keys, torch.arange(20).expand(2, -1) + torch.tensor([[0], [90]]), *kind)
+    rotation = rotation_of(layers[0])
+    turned = rotation(keys, embeddings)
+    assert torch.equal(turned[..., width:], keys[..., width:])
+    scaling = embeddings[0].amax()  # GPT-OSS's YaRN has one
+    torch.testing.assert_close(turned[0, :, 0, :width], scaling * keys[0, :, 0, :width])
+    assert (turned - keys)[..., :width].abs().amax((0, 1, 2)).gt(1e-3).all(), "every channel that should turns"
+    torch.testing.assert_close(rotation(turned, inverse(embeddings)), keys, atol=2e-6, rtol=0)
+    scaled = tuple(1.3 * x for x in embeddings)  # as YaRN does
+    torch.testing.assert_close(rotation(rotation(keys, scaled), inverse(scaled)), keys, atol=2e-6, rtol=0)
+
+
+def test_a_family_without_a_known_rotation_is_refused_by_name(tiny_model):
+    model = tiny_model("gptj", vocab_size=32, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    with pytest.raises(ValueError, match="GPTJAttention has no apply_rotary_pos_emb"):
+        rotation_of(attention_layers(model)[0].module)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_rerotate_is_the_rotation_of_a_model_with_that_base(tiny_model, theta):
+    rotary = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": theta}).model.rotary_emb
+    keys, positions = torch.randn(2, 3, 30, 8), torch.randint(200, (2, 30))
+    _, theirs = apply_wholly(keys, keys, *rotary(keys, positions))
+    torch.testing.assert_close(rerotate(keys, positions, theta), theirs, atol=1e-5, rtol=0)
+
+
+def test_rerotate_turns_the_first_channels_only(tiny_model):
+    rotary = tiny_model("gpt_neox").gpt_neox.rotary_emb
+    keys, positions = torch.randn(2, 3, 30, 8), torch.randint(200, (2, 30))
+    _, theirs = apply_partly(keys, keys, *rotary(keys, positions))
+    torch.testing.assert_close(rerotate(keys, positions, 1e4, rotary_dim=2), theirs, atol=1e-5, rtol=0)
+    for wrong in (3, 0, 10):
+        with pytest.raises(ValueError, match=f"rotary_dim is {wrong}; give an even number up to the head width 8"):
+            rerotate(keys, positions, 1e4, rotary_dim=wrong)
+
+
+@given(start=st.integers(0, 2000), shift=st.integers(-500, 500), theta=st.floats(100, 1e6))
+def test_rerotated_products_depend_on_distance_alone(start, shift, theta):
+    draw = torch.Generator().manual_seed(start)
+    queries, keys = torch.randn(2, 1, 2, 4, 6, generator=draw, dtype=torch.float64)
+    positions = 1000 + start + torch.arange(4)[None]
+
+    def products(at: Tensor) -> Tensor:
+        return rerotate(queries, at, theta) @ rerotate(keys, at, theta).mT
+
+    torch.testing.assert_close(products(positions), products(positions + shift), atol=5e-3, rtol=0)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kv_trainer.alignment.tokens import BOS, EOS, Span, span_index, take
-from kv_trainer.data import Example, Reader, encode
+from kv_trainer.text import Example, Reader, encode
 from kv_trainer.types import KVStates
 
 PARTS = {0: 7, 1: 9}  # characters in each segment
@@ -76,6 +78,12 @@ def test_byte_tokens_of_one_character_count_at_the_last():
     assert span_index(by_bytes, whole) == [0, -1, -1, 1]
 
 
+def test_a_token_that_holds_half_a_character_has_not_read_it():
+    """Byte merges can cross characters: "a" + half of the next, then its other half + "b"."""
+    across, whole = [(0, 0, 2), (0, 1, 3)], [(0, 0, 1), (0, 1, 2), (0, 2, 3)]
+    assert span_index(across, whole) == [-1, 2] and span_index(whole, across) == [-1, -1, 1]
+
+
 def test_special_tokens_meet_their_like_only():
     student, teacher = [BOS, (0, 0, 2), None, EOS], [None, (0, 0, 2), EOS]
     assert span_index(student, teacher) == [-1, 1, -1, 2]
@@ -125,6 +133,127 @@ def raw_bytes(tokenizer, ids: list[int]) -> list[bytes]:
     return [b"\0" if t == "</s>" else b"".join(back[c] for c in t) for t in tokens]
 
 
+# Tokenizers of other makes
+
+WORDS = ("the quick brown fox jumps over the lazy dog", "what is seven plus five? twelve", "cafe the the the")
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", **special)
+
+
+def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """A BPE as Llama 2 has it: a space before the text, "\u2581" for spaces, bytes for what no token covers."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL + BYTES, show_progress=False)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return fast(tokenizer, bos_token="<s>")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """As T5 and Gemma have it. Unknown neighbours share one run of bytes, whose tokens all have the run's offsets."""
+    pieces = [("<unk>", -10.0), ("</s>", 0.0), *((b, -9.0) for b in BYTES), ("\u2581", -3.0), ("\u2581the", -2.0)]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz?"] + [("\u2581fox", -3.0), ("qu", -3.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return fast(tokenizer)
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """As BERT has it: lower case, no accents, no spaces, "##" pieces."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    tokenizer.train_from_iterator(WORDS, trainers.WordPieceTrainer(
+        vocab_size=60, special_tokens=special, show_progress=False
+    ))  # fmt: skip
+    marks = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def makes(tiny_tokenizer):
+    mixed = tiny_tokenizer(90, corpus=["\u6771\u4eac\u00e9 a\u00e9b \U0001f98a\u6771\u00e9\u00e9"] * 3)
+    return {
+        "bytes": tiny_tokenizer(0), "byte level": tiny_tokenizer(60), "byte level, across": mixed,
+        "first": sentencepiece("first"), "always": sentencepiece("always"), "legacy": sentencepiece("legacy"),
+        "unigram": unigram(),
+    }  # fmt: skip
+
+
+def prefixes_read(tokenizer, ids: list[int]) -> list[bytes]:
+    """The bytes that are read up to each token, by the tokens' own text, without the space that is put in front."""
+    if "<0x00>" not in tokenizer.get_vocab():
+        parts = raw_bytes(tokenizer, ids)
+        return [b"".join(parts[: i + 1]) for i in range(len(parts))]
+    marks = {"</s>": b"\0", "<s>": b"", **{token: bytes([i]) for i, token in enumerate(BYTES)}}
+    parts = [marks.get(t, t.replace("\u2581", " ").encode()) for t in tokenizer.convert_ids_to_tokens(ids)]
+    return [b"".join(parts[: i + 1]).removeprefix(b" ") for i in range(len(parts))]
+
+
+TEXT = st.text("abcthe qu?\u00e9\u6771\U0001f98aZ", min_size=1, max_size=14).filter(lambda t: t[0] != " ")
+
+
+@given(ours=st.integers(0, 6), theirs=st.integers(0, 6), prompt=TEXT, completion=TEXT)
+def test_every_make_of_tokenizer_is_aligned_by_the_bytes_it_has_read(makes, ours, theirs, prompt, completion):
+    names = list(makes)
+    student, teacher = makes[names[ours]], makes[names[theirs]]
+    example = Example([{"role": "user", "content": prompt}], completion)
+    a, b = (encode(example, Reader(t), 999) for t in (student, teacher))
+    left, right = prefixes_read(student, a.input_ids), prefixes_read(teacher, b.input_ids)
+    whole = (prompt + completion).encode() + b"\0"
+    assert left[-1] == right[-1] == whole, "or the reference itself would be wrong"
+    index = span_index(a.spans, b.spans)
+    for i, j in enumerate(index):
+        if j >= 0 and a.spans[i] != BOS:
+            assert left[i] == right[j], (a.spans[i], b.spans[j])
+    assert index[-1] == len(b.input_ids) - 1
+    if "unigram" not in (names[ours], names[theirs]):  # whose runs of bytes cannot be told apart
+        shared = {p for p in set(left) & set(right) if p and valid(p)}
+        assert {left[i] for i, j in enumerate(index) if j >= 0} - {b""} == shared, "no shared prefix is missed"
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "legacy"])
+def test_a_space_put_before_a_text_has_read_none_of_it(makes, kind):
+    """Its offsets say (0, 1): the first character, which is not read yet."""
+    tokenizer, letters = makes[kind], makes["bytes"]
+    example = Example([], "quick</s>dog")
+    theirs, ours = encode(example, Reader(tokenizer), 999), encode(example, Reader(letters), 999)
+    tokens = tokenizer.convert_ids_to_tokens(theirs.input_ids)
+    index = span_index(ours.spans, theirs.spans)
+    met = {tokens[j] for j in index if j >= 0}
+    assert "\u2581" not in met and "</s>" in met and index[-1] == len(tokens) - 1
+    lonely = encode(Example([], "\u6771"), Reader(tokenizer), 999)
+    assert tokenizer.convert_ids_to_tokens(lonely.input_ids)[1] == "\u2581"
+    assert span_index(encode(Example([], "\u6771"), Reader(letters), 999).spans, lonely.spans)[:3] == [-1, -1, 4]
+
+
+def test_wordpiece_ends_where_its_pieces_do(makes):
+    """Case, accents and spaces are lost to it, but not where it is in the text."""
+    tokenizer, text = wordpiece(), "The caf\u00e9,  QUICK fox \u6771"
+    example = Example([{"role": "user", "content": "What?"}], text)
+    theirs, ours = (encode(example, Reader(t), 999) for t in (tokenizer, makes["bytes"]))
+    tokens = tokenizer.convert_ids_to_tokens(theirs.input_ids)
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and any(t.startswith("##") for t in tokens)
+    index, read = span_index(ours.spans, theirs.spans), prefixes_read(makes["bytes"], ours.input_ids)
+    met = {j: read[i].decode() for i, j in enumerate(index) if j >= 0}
+    assert sorted(met) == list(range(1, len(tokens) - 1)), "every piece has its place, the marks have none"
+    text_of = tokenizer.backend_tokenizer.normalizer.normalize_str
+    for j, prefix in met.items():
+        if tokens[j] != "[UNK]":
+            assert text_of(prefix).endswith(tokens[j].removeprefix("##"))
+
+
 def make_states(batch: int = 3, length: int = 6, layers: int = 2) -> KVStates:
     draw = torch.Generator().manual_seed(4)
     every = torch.randn(2, layers, batch, 2, length, 5, generator=draw)
@@ -143,7 +272,7 @@ def test_take_is_the_loop(rows):
             j = rows[b][t]
             assert taken.mask[b, t] == (j >= 0 and states.mask[b, j])
             for ours, theirs in zip((*taken.keys, *taken.values), (*states.keys, *states.values), strict=True):
-                assert torch.equal(ours[b, :, t], theirs[b, :, max(j, 0)])
+                assert torch.equal(ours[b, :, t], theirs[b, :, j] if j >= 0 else torch.zeros(2, 5))
 
 
 def test_take_of_every_position_is_the_same_states():
@@ -152,6 +281,25 @@ def test_take_of_every_position_is_the_same_states():
     assert torch.equal(taken.mask, states.mask)
     for ours, theirs in zip((*taken.keys, *taken.values), (*states.keys, *states.values), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@given(st.lists(st.lists(st.integers(-2, 20), min_size=4, max_size=4), min_size=3, max_size=3))
+def test_a_fraction_is_real_where_both_neighbours_are(rows):
+    states, index = make_states(), torch.tensor(rows) / 4
+    taken = take(states, index)
+    for b in range(3):
+        for t, u in enumerate(index[b].tolist()):
+            low, high = int(max(u, 0)), min(5, -int(-u // 1))
+            assert taken.mask[b, t] == (u >= 0 and states.mask[b, low] and states.mask[b, high])
+            between = states.keys[1][b, :, low].lerp(states.keys[1][b, :, high], u - low)
+            torch.testing.assert_close(taken.keys[1][b, :, t], between if u >= 0 else torch.zeros(2, 5))
+    assert torch.equal(take(states, index.floor()).keys[0], take(states, index.floor().long()).keys[0])
+
+
+def test_a_teacher_that_read_nothing_gives_nothing():
+    nothing = make_states().map(lambda x: x[:, :, :0], mask=torch.ones(3, 0).bool())
+    taken = take(nothing, torch.zeros(3, 4).long())
+    assert taken.keys[0].shape == (3, 2, 4, 5) and not taken.mask.any() and taken.keys[0].eq(0).all()
 
 
 def test_gradient_returns_to_the_positions_taken():

@@ -1,0 +1,121 @@
+"""One teacher's signal in the student's coordinates: layers and positions. Heads are the losses' own business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..types import KVStates, TeacherSignal
+from .layers import LayerMap
+from .time import place_selected, rkv_select, time_resample
+from .tokens import take
+
+REASONING = 1  # as in text.py
+RotatedPair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class AlignedTeacher:
+    """kv: [B, Ht, T, Dt] a student layer, mask [B, T]; hidden: L + 1 of [B, T, Ct]; importance [B, T]; last [B, T, Ct];
+    attention: per student layer queries (scaled) and keys after RoPE."""
+
+    kv: KVStates
+    hidden: tuple[Tensor, ...] | None = None
+    importance: Tensor | None = None
+    last: Tensor | None = None
+    attention: tuple[RotatedPair, ...] | None = None
+
+
+def align(
+    signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, shuffle: bool = False
+) -> AlignedTeacher:
+    """mask: [B, T] of the student. kv: whether keys and values themselves are wanted, or only their mask.
+
+    shuffle: every sample gets what belongs to the one before it in the batch; for the control.
+    """
+    rows, samples = signal.rows, len(mask)
+    index = signal.index if rows is None else signal.index[rows]
+
+    def whole(x: Tensor) -> Tensor:
+        """Some samples [b, ...] as a whole batch [B, ...], zero in the others."""
+        x = x if rows is None else x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
+        return x.roll(1, 0) if shuffle else x
+
+    def place(x: Tensor) -> Tensor:
+        return whole(time_resample(x, index))
+
+    states = signal.kv if kv else replace(signal.kv, keys=(), values=(), layers=())
+    states = replace(states, queries=None, attention=None, hidden=None)
+    if kv and signal.rank is not None:
+        mapped = take_selected(layers.apply(states), signal, layers, index)
+    else:
+        mapped = take(layers.apply(states) if kv else states, index)
+    mask = mask.bool()
+    own = mapped.mask & (mask if rows is None else mask[rows])
+    return AlignedTeacher(
+        mapped.map(whole, mask=whole(own) & mask),
+        hidden=tuple(map(place, mapped_hidden(signal.kv, layers))) if signal.kv.hidden is not None else None,
+        importance=None if signal.importance is None else place(signal.importance[..., None])[..., 0],
+        last=None if signal.last is None else place(signal.last),
+        attention=rotated_pairs(signal.kv, layers, place) if signal.kv.queries is not None else None,
+    )
+
+
+def nearer(layers: LayerMap) -> list[int]:
+    """The nearer of the two teacher layers of every student layer."""
+    return [hi if f >= 0.5 else lo for lo, hi, f in zip(layers.lower, layers.upper, layers.fraction, strict=True)]
+
+
+def take_selected(states: KVStates, signal: TeacherSignal, layers: LayerMap, index: Tensor) -> KVStates:
+    """As `take`, with the teacher's reasoning reduced to what R-KV selects, layer by layer and head by head.
+
+    states: already at the student's layers. Student positions with a rank get the selected position of that rank.
+    """
+    assert signal.rank is not None and signal.segments is not None and signal.mass is not None
+    rank = signal.rank if signal.rows is None else signal.rank[signal.rows]
+    reasoning = (signal.segments[:, : states.mask.shape[1]] == REASONING) & states.mask
+    budget = rank.amax(1) + 1
+    mass = dict(zip(signal.kv.layers, signal.mass, strict=True))
+    keys, values = [], []
+    for layer, k, v in zip(nearer(layers), states.keys, states.values, strict=True):
+        chosen, _ = rkv_select(k, mass[layer], reasoning, budget)
+        at = place_selected(index, rank, chosen)
+        keys.append(time_resample(k, at))
+        values.append(time_resample(v, at))
+    plain = take(replace(states, keys=(), values=(), layers=()), index).mask
+    kept = (rank >= 0) & (rank < reasoning.sum(1, keepdim=True))
+    return replace(states, keys=tuple(keys), values=tuple(values), mask=plain | kept)
+
+
+def mapped_hidden(states: KVStates, layers: LayerMap) -> list[Tensor]:
+    """The embeddings, then one tensor a student layer, as LayerMap mixes them."""
+    assert states.hidden is not None
+    embeddings, *outputs = states.hidden
+    at = {layer: x for layer, x in zip(states.layers, outputs, strict=True)}
+    mixed = [
+        at[lo].lerp(at[hi], f) if f else at[lo]
+        for lo, hi, f in zip(layers.lower, layers.upper, layers.fraction, strict=True)
+    ]
+    return [embeddings, *mixed]
+
+
+def rotated_pairs(
+    states: KVStates, layers: LayerMap | None = None, place: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[RotatedPair, ...]:
+    """Scaled queries and keys after RoPE, one pair a student layer: of the nearer of two teacher layers.
+
+    A mean of two layers' queries would belong to neither's keys. layers: None for the student itself.
+    """
+    assert states.queries is not None and states.attention is not None
+    found = {}
+    for layer, queries, keys, form in zip(states.layers, states.queries, states.keys, states.attention, strict=True):
+        rotate = form.rotate or (lambda x: x)
+        found[layer] = (rotate(queries) * form.scaling, rotate(keys))
+    if layers is None:
+        return tuple(found.values())
+    placed = {layer: tuple(map(place, found[layer])) for layer in set(nearer(layers))}
+    return tuple(placed[layer] for layer in nearer(layers))
+
+

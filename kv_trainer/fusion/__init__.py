@@ -1,0 +1,32 @@
+"""How several teachers become one target: every method the recipe can name, in one table."""
+
+from __future__ import annotations
+
+from .base import MIN_SHARE, Fusion, FusionInputs, check_given, teacher_shares
+from .learned import Router, Similarity
+from .scores import Confidence, Entropy
+from .static import Fixed, TaskWise, Uniform
+from .targets import Govern, MinNorm
+
+FUSIONS: dict[str, type[Fusion]] = {
+    "uniform": Uniform,
+    "fixed": Fixed,
+    "confidence": Confidence,
+    "entropy": Entropy,
+    "task_wise": TaskWise,
+    "similarity": Similarity,
+    "router": Router,
+    "govern": Govern,
+    "min_norm": MinNorm,
+}
+
+
+def method_of(fusion: Fusion) -> str:
+    """The name of a fusion in the table."""
+    return next(name for name, kind in FUSIONS.items() if kind is type(fusion))
+
+
+__all__ = [
+    "FUSIONS", "MIN_SHARE", "Confidence", "Entropy", "Fixed", "Fusion", "FusionInputs", "Govern", "MinNorm", "Router",
+    "Similarity", "TaskWise", "Uniform", "check_given", "method_of", "teacher_shares",
+]  # fmt: skip

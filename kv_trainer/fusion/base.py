@@ -1,0 +1,99 @@
+"""What every fusion is: a dataclass whose fields are its knobs, that gives each teacher its share of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..types import KVStates
+
+MIN_SHARE = 1e-3
+
+
+@dataclass
+class FusionInputs:
+    """All that a fusion may look at; what it does not need is None. M teachers, B samples.
+
+    given: [M], the recipe's teacher weights. tokens: [B], supervised *student* tokens of each sample.
+    nll: [M, B], each teacher's negative log-likelihood of the supervised text (nats, summed).
+    entropy: [M, B], each teacher's mean entropy at the supervised positions (nats a token).
+    tasks: [B] long, the task of each sample; task_nll: [M, tasks], nats a student token on the calibration rows.
+    teachers: every teacher's states at the student's layers and positions; student: the student's own.
+    prototypes: one [K, C_m] a teacher. router: the trainable module of this fusion.
+    """
+
+    given: Tensor
+    tokens: Tensor
+    nll: Tensor | None = None
+    entropy: Tensor | None = None
+    tasks: Tensor | None = None
+    task_nll: Tensor | None = None
+    teachers: list[KVStates] = field(default_factory=list)
+    student: KVStates | None = None
+    prototypes: list[Tensor] = field(default_factory=list)
+    router: nn.Module | None = None
+
+
+@dataclass
+class Fusion:
+    """Base of all fusions.
+
+    needs: the fields of FusionInputs that `shares` reads, beyond given and tokens. Where they depend on the row alone
+    (likelihood, entropy, task), the shares of a row are known before any teacher runs on it again.
+    in_target_space: the fusion also looks at the targets themselves, which needs a space that all teachers share:
+    `kv_relation`, or `kv` with projector.direction teacher_to_student.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    in_target_space: ClassVar[bool] = False
+    source: ClassVar[str] = ""
+
+    def shares(self, inputs: FusionInputs) -> Tensor:
+        """[M, B], or [M, L, B] by student layer; they sum to one over the teachers."""
+        raise NotImplementedError
+
+    def mixing(self, differences: Tensor, weight: Tensor, keep: int) -> Tensor:
+        """How much each teacher counts in each element of a target; broadcastable to `differences`.
+
+        differences: [M, ...], each teacher's target less the student's state, no gradient. weight: [M, ...], the
+        shares, broadcastable to it. keep: the axis of samples; what is decided, is decided for each of them.
+        """
+        return weight
+
+    @property
+    def remembered(self) -> bool:
+        """Whether the shares of a row are the same in every epoch: a frozen teacher does not change its mind."""
+        return self.needs <= {"nll", "entropy", "tasks", "task_nll"}
+
+
+@dataclass
+class Tempered(Fusion):
+    """Base of fusions by a softmax. temperature: higher is more even."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"fusion.temperature is {self.temperature}; give a number above 0.")
+
+
+def check_given(given: Sequence[float]) -> None:
+    """ValueError for teacher weights that give no shares."""
+    if given and (min(given) < 0 or sum(given) <= 0):
+        raise ValueError(f"The teachers' weights are {list(given)}; none may be negative and one must be above 0.")
+
+
+def teacher_shares(fusion: Fusion, inputs: FusionInputs) -> Tensor:
+    """[M, B] or [M, L, B] shares that sum to one over teachers.
+
+    A share below MIN_SHARE becomes exactly zero, so that such a teacher need not run on such a sample at all.
+    """
+    if len(inputs.given) == 1:
+        return torch.ones(1, len(inputs.tokens), device=inputs.tokens.device)
+    share = fusion.shares(inputs)
+    share = torch.where(share < MIN_SHARE, 0.0, share)
+    return share / share.sum(0)

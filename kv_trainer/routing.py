@@ -1,0 +1,67 @@
+"""What share each teacher had, by task and by student layer, over a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RoutingLog:
+    """Sums of the teachers' shares, kept on the device; read when something is logged.
+
+    teachers: their names; tasks: names of the tasks, or none; layers: student layers, for shares that differ by layer.
+    """
+
+    def __init__(self, teachers: Sequence[str], tasks: Sequence[str], layers: int) -> None:
+        self.teachers, self.tasks, self.layers = list(teachers), list(tasks), layers
+        self.recent: Tensor | None = None
+        self.total: Tensor | None = None
+
+    def add(self, shares: Tensor, tasks: Tensor | None) -> None:
+        """shares: [M, B] or [M, L, B]; tasks: [B] long, -1 where unknown."""
+        shares = shares.detach().float()
+        if shares.dim() == 2:
+            shares = shares[:, None].expand(-1, self.layers, -1)
+        count = max(1, len(self.tasks))
+        of = torch.zeros(shares.shape[2], dtype=torch.long, device=shares.device) if tasks is None else tasks
+        of = torch.where(of < 0, count, of)
+        sums = shares.new_zeros(*shares.shape[:2], count + 1).index_add_(2, of, shares)  # [M, L, tasks, unknown last]
+        self.recent = sums if self.recent is None else self.recent + sums
+
+    def logs(self, reduce: Any) -> dict[str, float]:
+        """Mean shares since the last call: `share_<teacher>`, and by task `share_<teacher>/<task>`."""
+        if self.recent is None:
+            return {}
+        sums = reduce(self.recent).cpu()
+        self.total = sums if self.total is None else self.total + sums
+        self.recent = None
+        by_task = sums.sum(1)  # [M, tasks]
+        found = {f"share_{t}": float(x) for t, x in zip(self.teachers, by_task.sum(1) / by_task.sum().clamp_min(1e-9))}
+        for j, task in enumerate(self.tasks if len(self.tasks) > 1 else []):
+            if by_task[:, j].sum() > 0:
+                for t, x in zip(self.teachers, by_task[:, j] / by_task[:, j].sum()):
+                    found[f"share_{t}/{task}"] = float(x)
+        return found
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Mean shares over the run: task [tasks, M] and layer [L, M]; without tasks, layer alone."""
+        if self.total is None:
+            return {}
+        by_layer, by_task = self.total.sum(2).T, self.total.sum(1).T[: max(1, len(self.tasks))]
+        found = {"layer": by_layer / by_layer.sum(1, keepdim=True).clamp_min(1e-9)}
+        if len(self.tasks) > 1:
+            found["task"] = by_task / by_task.sum(1, keepdim=True).clamp_min(1e-9)
+        return found
+
+    def save(self, path: Path) -> None:
+        """The matrices as JSON, with the names of their axes; the file appears whole."""
+        content = {"teachers": self.teachers, "tasks": self.tasks}
+        content |= {name: matrix.tolist() for name, matrix in self.matrices().items()}
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)

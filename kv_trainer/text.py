@@ -1,0 +1,240 @@
+"""One row as one model reads it: its text, its token ids and labels, and where every token lies in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from .alignment.tokens import BOS, EOS, Span, overlaps
+from .arguments import DataConfig
+
+IGNORED = -100
+NONE, PROMPT, REASONING, ANSWER = -1, 0, 1, 2  # segments of a row; NONE is template text and added tokens
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one model reads a row: its tokenizer, and whether through its chat template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        name = self.tokenizer.name_or_path
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"The tokenizer {name} is a slow one, without character offsets; a fast one is needed.")
+        if self.chat and not self.tokenizer.chat_template:
+            raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row's text: turns before the completion, and the completion that is learned.
+
+    answer_start: the character of the completion at which its answer begins; before it is the reasoning.
+    """
+
+    turns: list[dict[str, str]]
+    completion: str
+    answer_start: int = 0
+
+    @property
+    def prompt(self) -> str:
+        return "\n".join(turn["content"] for turn in self.turns)
+
+    @property
+    def reasoning(self) -> str:
+        return self.completion[: self.answer_start]
+
+    @property
+    def answer(self) -> str:
+        return self.completion[self.answer_start :]
+
+    def segment(self, span: Span) -> int:
+        """Which segment a token belongs to, by where it ends."""
+        if span is None or span[0] < 0:
+            return NONE
+        if span[0] < len(self.turns):
+            return PROMPT
+        return REASONING if span[2] <= self.answer_start else ANSWER
+
+
+@dataclass
+class Encoded:
+    """One row as one model reads it. spans: see alignment.tokens; labels -100 where not supervised.
+
+    supervised: tokens with a label before the row was cut to its longest length. segments: NONE, PROMPT, REASONING or
+    ANSWER of every token. answer_position: the one whose logits predict the answer's first token, -1 where unknown.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    spans: list[Span]
+    supervised: int = 0
+    segments: list[int] = field(default_factory=list)
+    answer_position: int = -1
+
+
+def example_of(row: Mapping[str, Any], config: DataConfig) -> Example:
+    """Any of the row forms as an Example. ValueError names the columns a row lacks."""
+    if config.prompt is not None and config.response is None:
+        raise ValueError("data.prompt is a template, but data.response is not given; say which column is learned.")
+    if config.response is not None:
+        prompt = filled(config.prompt or "", row)
+        return parted([{"role": "user", "content": prompt}] if prompt else [], filled(config.response, row), config)
+    if "prompt" in row and "completion" in row:
+        return parted([{"role": "user", "content": row["prompt"]}], row["completion"], config)
+    if {"prompt", "reasoning", "answer"} <= set(row):
+        reasoning = row["reasoning"] or ""
+        return Example([{"role": "user", "content": row["prompt"]}], reasoning + str(row["answer"]), len(reasoning))
+    if "messages" in row:
+        *turns, last = row["messages"]
+        if last["role"] != "assistant":
+            raise ValueError(f"The last of a row's messages is by '{last['role']}'; it must be the assistant's answer.")
+        return parted([dict(turn) for turn in turns], last["content"], config)
+    if "text" in row:
+        return parted([], row["text"], config)
+    raise ValueError(
+        f"Rows have the columns {', '.join(row)}; give prompt + completion, prompt + reasoning + answer, messages or "
+        "text, or the templates data.prompt and data.response."
+    )
+
+
+def filled(template: str, row: Mapping[str, Any]) -> str:
+    """A template with a row's columns in it; ValueError where the row has no such column."""
+    try:
+        return template.format(**row)
+    except (KeyError, IndexError) as error:
+        name = error if isinstance(error, KeyError) else "without a name"
+        raise ValueError(f"A data template names the column {name}, but the rows have {', '.join(row)}.") from None
+
+
+def parted(turns: list[dict[str, str]], completion: str, config: DataConfig) -> Example:
+    """An Example whose answer begins at the last of the first marker found, after it where it closes a tag."""
+    for marker in config.answer_markers:
+        at = completion.rfind(marker) if marker else -1
+        if at >= 0:
+            return Example(turns, completion, at + len(marker) if marker.startswith("</") else at)
+    return Example(turns, completion)
+
+
+def teacher_example(example: Example, template: str | None, row: Mapping[str, Any], config: DataConfig) -> Example:
+    """What a teacher reads of a row: the same, or with the completion that its own template gives."""
+    return example if template is None else parted(example.turns, filled(template, row), config)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of the row lies in the text one model reads, in characters.
+
+    Segment n is turn n, the last one is the completion. lead: characters that a template stripped from its front.
+    """
+
+    segment: int
+    start: int
+    end: int
+    lead: int = 0
+
+
+def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
+    """The text a model reads, and the places of the row's own parts in it; the rest is the template's."""
+    parts = [*(turn["content"] for turn in example.turns), example.completion]
+    if not reader.chat:
+        between = ["", *["\n"] * (len(example.turns) - 1), *([""] if example.turns else []), ""]
+        return assemble(between, parts, [0] * len(parts))
+    turns = [*example.turns, {"role": "assistant", "content": example.completion}]
+    text = reader.tokenizer.apply_chat_template(turns, tokenize=False)
+    # The template run on marks instead of parts shows what it puts between them.
+    marks = [f"\ue000{chr(0xE100 + i)}" for i in range(len(turns))]
+    marked = reader.tokenizer.apply_chat_template(
+        [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)], tokenize=False
+    )
+    between = re.split("|".join(marks), marked)
+    stripped = [part.strip() for part in parts]
+    lead = [len(part) - len(part.lstrip()) for part in parts]
+    for cores, leads in ((parts, [0] * len(parts)), (stripped, lead)):
+        if len(between) == len(parts) + 1:
+            candidate, places = assemble(between, cores, leads)
+            if candidate == text:
+                return text, places
+    raise ValueError(
+        f"The chat template of {reader.tokenizer.name_or_path} changes the text of a row ({text[:80]!r}...), so its "
+        "tokens cannot be matched with another model's; set chat: false."
+    )
+
+
+def assemble(between: Sequence[str], parts: Sequence[str], leads: Sequence[int]) -> tuple[str, list[Place]]:
+    text, places = between[0], []
+    for segment, (part, after, lead) in enumerate(zip(parts, between[1:], leads, strict=True)):
+        places.append(Place(segment, len(text), len(text) + len(part), lead))
+        text += part + after
+    return text, places
+
+
+def encode(
+    example: Example,
+    reader: Reader,
+    max_length: int,
+    train_on_prompt: bool = False,
+    truncation_side: Literal["right", "left"] = "right",
+) -> Encoded:
+    """Token ids, labels on the completion (and on the prompt if asked), and the span and segment of every token."""
+    text, places = render(example, reader)
+    # Where the completion starts in this model's text. A template's closing marks after it are learned too.
+    begin = 0 if train_on_prompt else places[-1].start
+    tokenizer = reader.tokenizer
+    marks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    out = tokenizer(text, add_special_tokens=not reader.chat, **marks)
+    ids, spans, labels = list(out["input_ids"]), [], []
+    for token, (start, end), special in zip(ids, out["offset_mapping"], out["special_tokens_mask"], strict=True):
+        if special and not reader.chat:
+            # An end token that the tokenizer puts there by itself is learned like the one added below.
+            last = bool(spans) and token == tokenizer.eos_token_id
+            spans.append(EOS if last else BOS if token == tokenizer.bos_token_id else None)
+            labels.append(token if last else IGNORED)
+            continue
+        spans.append(locate(start, end, places))
+        # A token across the border is learned: it is what must follow the tokens before it, and else it would give
+        # the answer's first characters away in `prompt_ids`.
+        labels.append(token if end > begin else IGNORED)
+    eos = tokenizer.eos_token_id
+    if eos is not None and not reader.chat and (not ids or ids[-1] != eos):
+        ids.append(eos)
+        spans.append(EOS)
+        labels.append(eos)
+    segments = [example.segment(span) for span in spans]
+    whole = Encoded(ids, labels, spans, sum(label != IGNORED for label in labels), segments)
+    whole.answer_position = segments.index(ANSWER) - 1 if ANSWER in segments else -1
+    return truncate(whole, max_length, truncation_side)
+
+
+def truncate(row: Encoded, max_length: int, side: Literal["right", "left"]) -> Encoded:
+    """The first, or the last, `max_length` tokens of a row; a start token, which models lean on, is kept."""
+    count = len(row.input_ids)
+    if count <= max_length:
+        return row
+    first = int(side == "left" and row.spans[0] == BOS)
+    kept = range(max_length) if side == "right" else [*range(first), *range(count - max_length + first, count)]
+    ids, labels, spans, segments = (
+        [values[i] for i in kept] for values in (row.input_ids, row.labels, row.spans, row.segments)
+    )
+    # A character whose last bytes are cut off was not read.
+    last = max_length - 1
+    while side == "right" and last >= 0 and overlaps(row.spans[last], row.spans[last + 1]):
+        spans[last] = None
+        last -= 1
+    answer = list(kept).index(row.answer_position) if row.answer_position in kept else -1
+    return replace(row, input_ids=ids, labels=labels, spans=spans, segments=segments, answer_position=answer)
+
+
+def locate(start: int, end: int, places: Sequence[Place]) -> Span:
+    """A token's place in the row's parts, by where it ends; None where that is template text."""
+    for place in places:
+        if place.start < end <= place.end:
+            shift = place.lead - place.start
+            return (place.segment, start + shift, end + shift)
+    return None
