@@ -19,14 +19,19 @@ __all__ = [
     "TeacherSignal",
     "__version__",
     "capture_kv",
+    "linear_indices",
     "load_recipe",
+    "position_weights",
+    "time_resample",
 ]
 
 if TYPE_CHECKING:
     from .alignment.heads import KVProjector
+    from .alignment.time import linear_indices, time_resample
     from .arguments import MultiTeacherKVConfig, StudentConfig, TeacherConfig
     from .bridge import KVBridge
     from .capture import capture_kv
+    from .importance import position_weights
     from .losses import DistillationLoss
     from .recipes import load_recipe
     from .trainer import MultiTeacherKVTrainer
@@ -44,7 +49,10 @@ else:  # a type checker that saw __getattr__ would take every misspelt name for 
         "TeacherConfig": "arguments",
         "TeacherSignal": "types",
         "capture_kv": "capture",
+        "linear_indices": "alignment.time",
         "load_recipe": "recipes",
+        "position_weights": "importance",
+        "time_resample": "alignment.time",
     }
 
     def __getattr__(name: str) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from .fusion import Confidence, Fusion
 from .losses import CrossEntropy, DistillationLoss
 
+# What TrainingArguments calls the switch, the newest name first: 5.23 has another, and keeps the old one as its mirror.
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = tuple(name for name in NAMES if name in {f.name for f in fields(TrainingArguments)})
 
 @dataclass
 class ModelConfig:
@@ -33,6 +36,21 @@ class StudentConfig(ModelConfig):
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Freeze every parameter whose name contains one of these."}
     )
+    peft: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Train adapters: {type: lora, r: 16, ...}, fields as in peft's config."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.peft is None:
+            return
+        lost = "config" if self.config else "keep_layers" if self.keep_layers is not None else None
+        if lost:
+            raise ValueError(
+                f"{lost} cannot be used beside peft: adapters are saved without their base, which would be lost; "
+                "save that base first (load_student(...).save_pretrained) and give its folder as model"
+            )
+        if self.freeze:
+            raise ValueError("freeze would be ignored: peft freezes every weight of the base; leave it out")
 
 
 @dataclass
@@ -40,6 +58,9 @@ class TeacherConfig(ModelConfig):
     """A frozen model whose keys and values the student is taught."""
 
     weight: float = field(default=1.0, metadata={"help": "Share of this teacher under `fusion: {method: fixed}`."})
+    quantization: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Quantise the weights while loading, with bitsandbytes; `dtype` computes."}
+    )
 
 
 @dataclass
@@ -81,10 +102,20 @@ class LayerAlignment:
 
 
 @dataclass
+class RopeAlignment:
+    """Whether keys are compared before RoPE, or after one that both sides share (see alignment/rope.py)."""
+
+    keys: Literal["before", "after"] = field(
+        default="before", metadata={"help": "after: both sides are turned by the student's base, at its positions."}
+    )
+
+
+@dataclass
 class AlignmentConfig:
     tokens: TokenAlignment = field(default_factory=TokenAlignment)
     time: TimeAlignment = field(default_factory=TimeAlignment)
     layers: LayerAlignment = field(default_factory=LayerAlignment)
+    rope: RopeAlignment = field(default_factory=RopeAlignment)
 
 
 @dataclass
@@ -225,8 +256,15 @@ class MonitorConfig:
 
 @dataclass
 class MultiTeacherKVConfig(TrainingArguments):
-    """TrainingArguments plus what `MultiTeacherKVTrainer` needs to know; one object, as in TRL."""
+    """TrainingArguments plus what `MultiTeacherKVTrainer` needs to know; one object, as in TRL.
 
+    gradient_checkpointing (activation_checkpointing) is None where nobody says: the trainer decides by the student's
+    size.
+    """
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Default: on for students above 1B parameters.", "nargs": "?", "const": True}
+    )
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: Fusion = field(default_factory=Confidence)
@@ -238,6 +276,12 @@ class MultiTeacherKVConfig(TrainingArguments):
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     accumulation: AccumulationConfig = field(default_factory=AccumulationConfig)
+
+    def __post_init__(self) -> None:
+        unsaid = all(getattr(self, name) is None for name in CHECKPOINTING)
+        super().__post_init__()
+        for name in CHECKPOINTING if unsaid else ():
+            setattr(self, name, None)
 
 
 @dataclass

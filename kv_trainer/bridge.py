@@ -6,9 +6,9 @@ wrapped forward pass (DDP, ZeRO and FSDP skip gradients, or fail, for parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from .alignment.heads import TeacherProjectors, auto_mlp_ratio
 from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
+from .alignment.rope import rerotate
 from .arguments import MultiTeacherKVConfig
 from .balance import Balance
 from .capture import KVCapture, require_gradient
@@ -36,10 +37,12 @@ ROUTER_TERM = "router_entropy"
 class Supervision:
     """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step.
 
+    signals: as the teachers give them, or already aligned by `KVBridge.align`, which lets go of what is not needed.
     step, progress: optimizer steps done, and their share of the run. tasks, answer_positions: [B], where known.
+    measure: called with the raw terms, their graph whole, before they are weighed; inside the wrapped forward pass.
     """
 
-    signals: Mapping[str, TeacherSignal]
+    signals: Mapping[str, TeacherSignal | AlignedTeacher]
     labels: Tensor
     attention_mask: Tensor
     num_tokens: Tensor | float
@@ -48,6 +51,7 @@ class Supervision:
     step: int = 0
     tasks: Tensor | None = None
     answer_positions: Tensor | None = None
+    measure: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
 class KVBridge(nn.Module):
@@ -65,6 +69,9 @@ class KVBridge(nn.Module):
         self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.active}
         self.requires = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.fusion, self.control = args.fusion, args.control
+        self.theta = student.rope_theta if student and args.alignment.rope.keys == "after" else None
+        if self.theta is None and args.alignment.rope.keys == "after" and teachers:
+            raise ValueError("alignment.rope.keys is 'after', but the student has no RoPE; set it to 'before'.")
         self.selects = args.alignment.time.method == "rkv"
         check_given(given)
         self.given = torch.tensor(list(given) or [1.0] * len(teachers))
@@ -120,6 +127,7 @@ class KVBridge(nn.Module):
             importance="teacher_importance" in self.requires,
             hidden="teacher_hidden" in self.requires,
             mass=self.selects and "teacher_kv" in self.requires,
+            reduce=self.align,
         )
 
     def weighing(self, step: int) -> frozenset[str]:
@@ -139,17 +147,20 @@ class KVBridge(nn.Module):
 
     @contextmanager
     def supervise(self, supervision: Supervision) -> Iterator[None]:
-        """Inside the block, the student's next forward pass returns `output.loss`, the total, and `output.terms`."""
+        """Inside the block, the student's next forward pass returns the total loss as `output.loss`."""
         self._given = supervision
         try:
             yield
         finally:
             self._given = None
 
+    # Under torch_compile the student is one graph, from hook to hook; the losses, whose shapes depend on data, are not.
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any) -> None:
         if self._given is not None and self._capture is not None:
             self._capture.start()
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: ModelOutput) -> ModelOutput | None:
         if self._given is None:
             return None
@@ -160,8 +171,8 @@ class KVBridge(nn.Module):
                 require_gradient(states)
         terms = self(self._given, output.get("logits"), states)
         self._states = states
-        # Both are outputs, so that a wrapper that watches them for the backward pass finds every term.
-        output["terms"] = terms
+        if self._given.measure is not None:
+            self._given.measure(terms)
         output["loss"] = self.total(terms, self._given.progress)
         return output
 
@@ -180,10 +191,12 @@ class KVBridge(nn.Module):
         """The factor of a term, as a number."""
         return float(self.balance.of(name)) * self.losses[name].weight_at(progress)
 
+    @torch.no_grad()
     def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> AlignedTeacher:
         """One teacher at the student's layers and positions. mask: [B, T] of the student."""
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
-        return align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
+        found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
+        return replace(found, kv=self.turn(found.kv, mask))
 
     def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:
         """Every raw term of one micro-batch."""
@@ -204,12 +217,23 @@ class KVBridge(nn.Module):
             projectors=dict(self.projectors.items()), hidden_projectors=dict(self.hidden_projectors.items()),
         )  # fmt: skip
         if given.signals:
-            with torch.no_grad():
-                aligned = {n: self.align(n, s, given.attention_mask) for n, s in given.signals.items()}
+            aligned = {
+                n: s if isinstance(s, AlignedTeacher) else self.align(n, s, given.attention_mask)
+                for n, s in given.signals.items()
+            }
             inputs.teachers = {n: a.kv for n, a in aligned.items()}
             inputs.weights = self._shares(given, inputs)
             self._fill(inputs, given, aligned)
+        if student is not None:
+            inputs.student = self.turn(student, given.attention_mask)
         return inputs
+
+    def turn(self, states: KVStates, mask: Tensor) -> KVStates:
+        """States at the student's positions, keys after RoPE of the student's base where that is asked for."""
+        if self.theta is None:
+            return states
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return replace(states, keys=tuple(rerotate(k, positions, self.theta) for k in states.keys))
 
     def _shares(self, given: Supervision, inputs: LossInputs) -> Tensor:
         signals, shuffled = list(given.signals.values()), self.control.shuffle == "rows"

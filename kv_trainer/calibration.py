@@ -5,6 +5,7 @@ A resumed run measures the same again: same rows, same teachers, and, for matchi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .fusion.learned import pooled
 from .teachers import Teacher, TeacherNeeds
 from .types import KVStates
 
+logger = logging.getLogger(__name__)
 ROWS = 64  # for projectors' statistics and for matching layers
 BATCH = 8
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -103,6 +105,7 @@ class Calibration:
                 kv = align(
                     teacher.signal(batch["teachers"][name]), self.bridge.layer_maps[name], batch["attention_mask"]
                 ).kv
+                kv = self.bridge.turn(kv, batch["attention_mask"])
                 found.append(pooled(kv, kv.mask).transpose(0, 1).flatten(1))
             made.append(fusion.make_prototypes(torch.cat(found), best == i))
         return made
@@ -127,5 +130,11 @@ class Calibration:
                 align(teacher.signal(b["teachers"][name]), explicit(numbers), b["attention_mask"]).kv for b in batches
             ]
             found[name] = layer_similarity(ours, theirs)
-            self.bridge.layer_maps[name] = explicit([numbers[i] for i in match_layers(found[name])])
+            chosen = [numbers[i] for i in match_layers(found[name])]
+            self.bridge.layer_maps[name] = explicit(chosen)
+            if len(set(chosen)) == 1 < len(chosen):
+                logger.warning(
+                    "CKA matches all layers of the student with layer %d of teacher %s, as it does for a student of "
+                    "random weights; alignment.layers.method: relative_depth is better there.", chosen[0], name,
+                )  # fmt: skip
         return found

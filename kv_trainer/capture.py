@@ -60,10 +60,20 @@ def kv_shape(model: PreTrainedModel) -> KVShape:
         rope_theta=theta,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        num_parameters=sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters()),
+        num_parameters=count_parameters(model),
         kv_layers=numbers if without else (),
         value_dim=None if value_width == width else value_width,
     )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """As the model has them: ZeRO-3 keeps a shard of each tensor, and bitsandbytes packs two weights into a byte."""
+
+    def entries(parameter: nn.Parameter) -> int:
+        packed = getattr(parameter, "quant_state", None)
+        return getattr(parameter, "ds_numel", parameter.numel()) if packed is None else packed.shape.numel()
+
+    return sum(entries(parameter) for parameter in model.parameters())
 
 
 class KVCapture:
@@ -216,5 +226,6 @@ def require_gradient(states: KVStates) -> None:
     if torch.is_grad_enabled() and not any(x.requires_grad for x in (*states.keys, *states.values)):
         raise ValueError(
             "The student's keys and values carry no gradient. With gradient checkpointing, set "
-            "gradient_checkpointing_kwargs: {use_reentrant: false}; otherwise unfreeze its k_proj and v_proj."
+            "gradient_checkpointing_kwargs: {use_reentrant: false}; otherwise unfreeze its k_proj and v_proj, or, with "
+            "PEFT, put k_proj and v_proj among target_modules."
         )

@@ -1,4 +1,4 @@
-"""kv-trainer train | evaluate | validate: one function a subcommand; heavy imports wait until one is chosen."""
+"""The commands of kv-trainer: one function a subcommand; heavy imports wait until one is chosen."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ examples:
   kv-trainer validate recipes/quickstart/two_teachers.yaml --quick
 """
 
+DIAGNOSE = f"""Nothing is trained, and nothing but diagnosis.json in output_dir (and --write) is written. Takes more
+memory than a training step; --training.per_device_train_batch_size lowers it.
+{OVERRIDE}
+
+examples:
+  kv-trainer diagnose recipes/quickstart/two_teachers.yaml
+  kv-trainer diagnose recipes/quickstart/two_teachers.yaml --samples 256 --losses.kv.weight 0.1
+  kv-trainer diagnose recipes/quickstart/two_teachers.yaml --write recipes/quickstart/two_teachers_balanced.yaml
+"""
+
+METHODS = """examples:
+  kv-trainer methods fusion
+  kv-trainer methods losses.kv_relation
+  kv-trainer methods
+"""
+
 
 def train(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides, options.quick)
@@ -79,6 +95,24 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
         else:
             print(summary(recipe))
     return 2 if failed else 0
+
+
+def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
+    recipe = load(options.recipe, overrides)
+    from .experiments.diagnose import diagnose as run_diagnose
+
+    run_diagnose(recipe, options.samples, options.write)
+    return 0
+
+
+def methods(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The table of methods; no recipe is read."""
+    if overrides:
+        raise ValueError(f"methods takes no settings, but got {' '.join(overrides)}.")
+    from .report import print_methods
+
+    print_methods(options.section)
+    return 0
 
 
 def load(path: str, overrides: list[str], quick: bool = False) -> Recipe:
@@ -150,7 +184,7 @@ def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase |
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kv-trainer", description="Distil several teachers' keys and values.")
     parser.add_argument("--version", action="version", version=f"kv-trainer {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="train | evaluate | validate")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(function: Callable[..., int], about: str, examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -175,6 +209,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(validate, "Check recipes without training.", VALIDATE)
     sub.add_argument("recipes", metavar="RECIPE", nargs="+", help=".yaml files")
     sub.add_argument("--quick", action="store_true", help=QUICK)
+    sub = command(diagnose, "Measure how hard every loss term pulls, what it costs, and what to change.", DIAGNOSE)
+    sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on (default 64)")
+    sub.add_argument("--write", metavar="COPY.yaml", help="a new recipe: RECIPE with the suggested settings")
+    sub = command(methods, "List every method a recipe can switch on, what it needs, and its source.", METHODS)
+    sub.add_argument("section", nargs="?", default="", metavar="SECTION", help="only those whose section begins so")
     return parser
 
 

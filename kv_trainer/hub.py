@@ -35,9 +35,10 @@ def write_model_card(
     target = Path(output_dir) / "README.md"
     name = Path(recipe.args.hub_model_id or Path(output_dir).resolve()).name
     front = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if recipe.student.peft else "transformers",
         pipeline_tag="text-generation",
         base_model=_hub_name(recipe.student.model, recipe),
+        **({"base_model_relation": "adapter"} if recipe.student.peft else {}),
         datasets=_hub_name(recipe.args.data.path, recipe),
         tags=["kv-distillation", "knowledge-distillation"],
         model_name=name,
@@ -49,7 +50,7 @@ def write_model_card(
         "## Method\n\n" + _method(recipe, shapes),
         "## Data\n\n" + _data(recipe),
         "## Results\n\n" + _results(results),
-        "## Use\n\n" + USE.format(name=recipe.args.hub_model_id or name),
+        "## Use\n\n" + _use(recipe, recipe.args.hub_model_id or name),
         "## Reproduce\n\n" + _reproduction(recipe),
         "## Citations\n\n" + _citations(recipe),
     )
@@ -90,7 +91,16 @@ def _introduction(recipe: Recipe) -> str:
     count = len(recipe.teachers)
     teachers = f"{count} teacher{'s' if count > 1 else ''} through the keys and values of attention"
     how = f"distilled with `kv_trainer` from {teachers}" if count else "trained with `kv_trainer` without any teacher"
-    return f"A student {how}. It started from {origin}."
+    return f"A student {how}. It started from {origin}.{_adapters(student.peft)}"
+
+
+def _adapters(peft: dict[str, Any] | None) -> str:
+    """What was trained, where that is not every weight."""
+    if peft is None:
+        return ""
+    knobs = ", ".join(f"{key} {value}" for key, value in peft.items() if key != "type")
+    settings = f" ({knobs})" if knobs else ""
+    return f" Its own weights stayed as they were: trained were `{peft['type']}` adapters{settings}."
 
 
 def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
@@ -178,6 +188,13 @@ def _table(rows: list[list[Any]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
+def _use(recipe: Recipe, name: str) -> str:
+    student = recipe.student
+    revision = f', revision="{student.revision}"' if student.revision else ""
+    template = USE_ADAPTERS if student.peft else USE
+    return template.format(name=name, base=f'"{_shown(student.model, recipe)}"{revision}')
+
+
 USE = """The student is an ordinary checkpoint; `kv_trainer` is not needed to run it.
 
 ```python
@@ -186,3 +203,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
+
+USE_ADAPTERS = """These are adapters for the model they were trained on; `kv_trainer` is not needed to run them.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+`model.merge_and_unload()` makes one ordinary model of both, where the method allows it."""

@@ -66,6 +66,8 @@ METHODS: tuple[Method, ...] = (
     setting("alignment.layers.method", "explicit", "A list of teacher layers", alignment__layers__map="{T: [0, 1]}"),
     setting("alignment.layers.method", "cka", "Monotone match of greatest debiased CKA, before training",
             "student kv, teacher kv", "arXiv 1905.00414"),
+    setting("alignment.rope.keys", "before", "Keys are compared before RoPE"),
+    setting("alignment.rope.keys", "after", "Keys of both sides after RoPE of the student's base and positions"),
     setting("projector.method", "linear", "Head width, then heads, one linear map each", "projectors",
             losses__kv__weight=1),
     setting("projector.method", "elastic_bottleneck", "Head width by a bottleneck, then heads", "projectors",
@@ -96,7 +98,8 @@ METHODS: tuple[Method, ...] = (
     setting("control.shuffle", "rows", "Control: every row gets the teacher states of another row"),
     setting("freeze", "{attention: true, until_step: 1}", "The student's attention rests at first"),
     setting("freeze", "{layer_groups: 2, unfreeze_every: 1}", "Layers unfreeze group by group"),
-    setting("freeze", "{projectors_after: 1}", "The projectors rest after a warm-up"),
+    setting("freeze", "{projectors_after: 1}", "The projectors rest after a warm-up", "projectors",
+            losses__kv__weight=1),
     setting("accumulation", "{steps: [1, 2], at: [0.0, 0.5]}", "Accumulation grows over the run"),
     setting("monitor.loss_scales_every", "1", "Log every term's share of the gradient"),
 )  # fmt: skip

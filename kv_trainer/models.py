@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .arguments import ModelConfig, StudentConfig
+from .arguments import ModelConfig, StudentConfig, TeacherConfig
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config with one entry a layer
 
@@ -24,12 +32,27 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_pretrained(config: ModelConfig) -> PreTrainedModel:
+def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """The model a section names. device: where quantised weights are made; others are moved later."""
+    assert config.model is not None, "recipes.py checks that it is there"
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    if isinstance(config, TeacherConfig) and config.quantization:
+        options["quantization_config"] = quantization(config.quantization, dtype)
+        options["device_map"] = {"": device or torch.device("cpu")}
     return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **options)
+
+
+def quantization(bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    """Of weights "8bit" (LLM.int8) or "4bit" (NF4, computed in `dtype`). ValueError without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization: {bits} needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def load_student(config: StudentConfig) -> PreTrainedModel:
@@ -44,6 +67,11 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
     else:
         model = load_pretrained(config)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"student.model, '{config.model}', is a folder of adapters, and nothing in it would learn; give the "
+                "base as model and new adapters under peft, or merge the adapters into the base first."
+            )
     if config.keep_layers is not None:
         keep_layers(model, config.keep_layers)
     freeze(model, config.freeze)

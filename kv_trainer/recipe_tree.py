@@ -18,6 +18,7 @@ NESTED = (
     "early_stopping", "accumulation",
 )  # fmt: skip
 SECTIONS = ("student", "teachers", *NESTED, "training")
+KINDS = {"fusion": "method", "peft": "type"}  # sections whose other keys depend on one of them
 COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 5e-5 as text
 
@@ -178,24 +179,24 @@ def read_overrides(overrides: Sequence[str], folder: Path) -> Node:
 def merge(base: Node, over: Node) -> Node:
     """`over` laid on `base`: mappings key by key, anything else replaced. Every value keeps its own origin.
 
-    Another `fusion.method` takes the place of the whole section: the knobs beside the old one are not its own.
+    Another `fusion.method` or `peft.type` replaces the whole section: the knobs beside the old one are not its own.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     value = dict(base.value)
     for key, child in over.value.items():
-        if key == "fusion" and changes_method(value.get(key), child):
+        if key in KINDS and changes_kind(value.get(key), child, KINDS[key]):
             value[key] = child
             continue
         value[key] = merge(value[key], child) if key in value else child
     return Node(value, base.where, base.folder)
 
 
-def changes_method(base: Node | None, over: Node) -> bool:
-    """Whether `over` names another `method` than `base` does."""
+def changes_kind(base: Node | None, over: Node, key: str) -> bool:
+    """Whether `over` names another kind, under `key`, than `base` does."""
     if base is None or not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return False
-    old, new = base.value.get("method"), over.value.get("method")
+    old, new = base.value.get(key), over.value.get(key)
     return new is not None and (old is None or old.value != new.value)
 
 

@@ -21,7 +21,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .arguments import MultiTeacherKVConfig, ProjectorConfig, Recipe, StudentConfig, TeacherConfig
+from .arguments import CHECKPOINTING, MultiTeacherKVConfig, ProjectorConfig, Recipe, StudentConfig, TeacherConfig
 from .callbacks import check_callbacks
 from .fusion import FUSIONS, Confidence, Fixed, Fusion, method_of
 from .losses import LOSSES, CrossEntropy, DistillationLoss, needs_teacher
@@ -135,6 +135,14 @@ def check_student(student: StudentConfig, tree: Node) -> None:
         raise RecipeError(f"student {where} has 'config' but no 'tokenizer'; give a hub name or a folder.")
 
 
+def check_peft(student: StudentConfig, tree: Node) -> None:
+    """The section as peft would take it, which needs no model. What it targets is known once there is one."""
+    if student.peft is not None:
+        from .adapters import peft_config
+
+        peft_config(tree.value["student"].value["peft"])
+
+
 def check_losses(recipe: Recipe, tree: Node) -> None:
     """Losses that need a teacher, and teachers that need a loss."""
     users = [name for name, loss in recipe.args.losses.items() if needs_teacher(loss.needs)]
@@ -182,6 +190,7 @@ def check_around(recipe: Recipe, tree: Node) -> None:
 def check(recipe: Recipe, tree: Node) -> None:
     """What no section can see alone. RecipeError for the impossible, a warning for what has no effect."""
     check_student(recipe.student, tree)
+    check_peft(recipe.student, tree)
     for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
         if model.dtype not in DTYPES:
             hint, where = suggest(model.dtype, DTYPES), tree.at(*path.split("."), "dtype")
@@ -289,8 +298,6 @@ def changed_training(args: TrainingArguments) -> dict[str, Any]:
     filled: dict[str, Any] = {"debug": " ".join(plain(list(args.debug)))}
     if isinstance(args.accelerator_config, AcceleratorConfig) and args.accelerator_config == AcceleratorConfig():
         filled["accelerator_config"] = None
-    if getattr(args, "activation_checkpointing", None) is False:
-        filled["activation_checkpointing"] = None
     changed = {}
     for field in fields(TrainingArguments):
         mirror = field.name.startswith("gradient_checkpointing") and "activation_checkpointing" in names
@@ -298,6 +305,7 @@ def changed_training(args: TrainingArguments) -> dict[str, Any]:
             continue
         value = plain(filled.get(field.name, getattr(args, field.name)))
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = None if field.name in CHECKPOINTING else default  # unlike there, not the same as false
         if value != plain(default) or field.name in TRAINING_DEFAULTS or field.name == "output_dir":
             changed[field.name] = value
     return changed

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -69,6 +70,26 @@ def print_header(
     console.print(facts)
 
 
+def print_methods(section: str = "", console: Console | None = None) -> None:
+    """The table METHODS, or the part of it whose section begins with `section`. ValueError where nothing does."""
+    from .methods import METHODS
+
+    chosen = [method for method in METHODS if method.section.startswith(section)]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(method.section for method in METHODS))
+        raise ValueError(f"No method's section begins with '{section}'. Sections: {known}.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("setting", "what it does", "needs", "source"):
+        table.add_column(title)
+    shown = ""
+    for method in chosen:
+        if method.section != shown:
+            shown = method.section
+            table.add_row(f"[bold]{escape(shown)}[/]")
+        table.add_row("  " + escape(method.name), escape(method.what), escape(method.needs), escape(method.source))
+    (console or Console()).print(table)
+
+
 def save_layer_match(folder: Path, teacher: str, similarity: Tensor, layers: LayerMap) -> None:
     """The similarity [Ls, Lt] of matched layers and the map: layers_<teacher>.json, and a heat map beside it."""
     from .heatmap import draw_heatmap  # matplotlib takes a while to import
@@ -82,7 +103,7 @@ def save_layer_match(folder: Path, teacher: str, similarity: Tensor, layers: Lay
     draw_heatmap(
         similarity.tolist(), folder / f"layers_{teacher}.png", title=f"CKA with the layers of {teacher}",
         rows=[str(i) for i in range(similarity.shape[0])], columns=[str(i) for i in range(similarity.shape[1])],
-        row_label="student layer", column_label="teacher layer", marks=list(enumerate(chosen)),
+        row_label="student layer", column_label="teacher layer", marks=chosen,
     )  # fmt: skip
 
 

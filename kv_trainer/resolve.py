@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
+from .adapters import check_method
+from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
+from .capture import count_parameters
 from .data import Reader
 from .losses import KVRelationLoss
 from .models import load_pretrained, load_student, load_tokenizer
@@ -16,6 +19,7 @@ from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
 Loadable = str | PreTrainedModel | ModelConfig
+CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are recomputed, unless told otherwise
 
 
 def resolve_student(
@@ -29,17 +33,24 @@ def resolve_student(
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if hasattr(config, "active_peft_config"):
+        check_method(config.active_peft_config)
     return config, tokenizer, False
 
 
-def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) -> Teacher:
-    """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer."""
+def resolve_teacher(
+    name: str, given: Any, students: PreTrainedTokenizerBase, device: torch.device | None = None
+) -> Teacher:
+    """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer.
+
+    device: where the student trains, for weights that are quantised while they are loaded.
+    """
     if isinstance(given, Teacher):
         return given
     if isinstance(given, str):
         given = TeacherConfig(model=given)
     if isinstance(given, TeacherConfig):
-        return Teacher(load_pretrained(given), Reader(load_tokenizer(given), given.chat), given.weight)
+        return Teacher(load_pretrained(given, device), Reader(load_tokenizer(given), given.chat), given.weight)
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
@@ -50,6 +61,39 @@ def resolve_teacher(name: str, given: Any, students: PreTrainedTokenizerBase) ->
             "(model, tokenizer)."
         )
     return Teacher(model, Reader(tokenizer))
+
+
+def place_teacher(name: str, model: PreTrainedModel, device: torch.device) -> None:
+    """Move a teacher to the student's device; one that bitsandbytes quantised stays where it was quantised."""
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        model.to(device)
+    elif (model.device.type, model.device.index or 0) != (device.type, device.index or 0):
+        raise ValueError(
+            f"Teacher '{name}' was quantised on {model.device}, but the student trains on {device}; give a "
+            f"TeacherConfig with quantization, or load it with device_map={{'': '{device}'}}."
+        )
+
+
+def checkpoint_large_student(args: MultiTeacherKVConfig, student: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on for a large student, where nobody said whether to."""
+    parameters = count_parameters(student)
+    if not wants_checkpointing(args, parameters) or not getattr(student, "supports_gradient_checkpointing", False):
+        return
+    logger.warning(
+        "The student has %.1fB parameters, so gradient checkpointing is on; set training.%s: false to keep all "
+        "activations.", parameters / 1e9, CHECKPOINTING[0],
+    )  # fmt: skip
+    for name in CHECKPOINTING:
+        setattr(args, name, True)
+        given = getattr(args, f"{name}_kwargs")
+        setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(given if isinstance(given, dict) else {})})
+
+
+def wants_checkpointing(args: MultiTeacherKVConfig, parameters: int) -> bool:
+    """Whether a student of so many parameters is to be checkpointed though no setting says so."""
+    by_fsdp = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("activation_checkpointing")
+    said = any(getattr(args, name) is not None for name in CHECKPOINTING)
+    return parameters > CHECKPOINTED_FROM and not said and not by_fsdp
 
 
 def numbered_rows(dataset: Dataset | None) -> int:
@@ -74,6 +118,11 @@ def check_arguments(args: MultiTeacherKVConfig) -> None:
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
+        )
+    if args.torch_compile and args.gradient_checkpointing:
+        logger.warning(
+            "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
+            "values are taken: the results are right, but little is gained. Set one of them to false."
         )
     if args.label_smoothing_factor:
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")

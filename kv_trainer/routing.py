@@ -58,7 +58,25 @@ class RoutingLog:
             found["task"] = by_task / by_task.sum(1, keepdim=True).clamp_min(1e-9)
         return found
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """routing.json, and a heat map each: routing_task.png, and routing_layer.png where layers differ."""
+        found = self.matrices()
+        if not found:
+            return
+        from .heatmap import draw_heatmap  # matplotlib takes a while to import
+
+        self._write(folder / "routing.json")
+        for axis, matrix in found.items():
+            names = self.tasks if axis == "task" else [str(i) for i in range(len(matrix))]
+            if axis == "layer" and bool((matrix - matrix[0]).abs().max() < 1e-6):
+                continue
+            draw_heatmap(
+                matrix.tolist(), folder / f"routing_{axis}.png", title=f"Mean share of each teacher, by {axis}",
+                rows=names, columns=self.teachers, row_label=axis if axis == "task" else "student layer",
+                column_label="teacher",
+            )  # fmt: skip
+
+    def _write(self, path: Path) -> None:
         """The matrices as JSON, with the names of their axes; the file appears whole."""
         content = {"teachers": self.teachers, "tasks": self.tasks}
         content |= {name: matrix.tolist() for name, matrix in self.matrices().items()}

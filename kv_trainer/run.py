@@ -8,9 +8,9 @@ from pathlib import Path
 
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from . import hub, report
+from .adapters import load_trained
 from .arguments import Recipe
 from .callbacks import peak_memory_mb
 from .capture import kv_shape
@@ -57,6 +57,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     trainer.save_state()
     if main:
         write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+        trainer.routing.save(folder)
         curve = draw_curve(folder / "metrics.jsonl", folder / "curve.png", title=folder.name)
         shapes = {"student": student_shape(trainer), **{n: t.shape for n, t in trainer.teachers.items()}}
         hub.write_model_card(folder, recipe, results, shapes)
@@ -100,7 +101,7 @@ def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
     data = recipe.args.data
     if not data.eval_split:
         raise ValueError("data.eval_split is null in the recipe, so there is nothing to evaluate on.")
-    student = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(recipe.args.device)
+    student = load_trained(model, recipe.student.model).to(recipe.args.device)
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=recipe.student.trust_remote_code))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)

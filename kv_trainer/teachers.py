@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .alignment.mapping import AlignedTeacher
 from .capture import KVCapture, StopForward, kv_shape
 from .data import IGNORED, Reader
 from .fusion import Fusion, FusionInputs, teacher_shares
@@ -30,6 +31,7 @@ class TeacherNeeds:
     scores: likelihood and entropy of each sample, which needs the head. final: the last hidden states.
     queries: with the keys, for attention. importance: of each position. hidden: outputs of the layers.
     mass: attention by layer and head, for the selection of R-KV.
+    reduce: name, signal and the student's mask [B, T] -> what is kept of the signal before the next teacher runs.
     """
 
     scores: bool = False
@@ -38,6 +40,7 @@ class TeacherNeeds:
     importance: bool = False
     hidden: bool = False
     mass: bool = False
+    reduce: Callable[[str, TeacherSignal, Tensor], AlignedTeacher] | None = None
 
 
 class Teacher:
@@ -156,20 +159,23 @@ class TeacherPanel:
         self._given = torch.tensor([teacher.weight for teacher in teachers.values()])
         self._known = torch.full((2, len(teachers), rows), torch.nan)  # nll, entropy
 
-    def signals(self, batch: Mapping[str, Any], weighing: bool = True) -> dict[str, TeacherSignal]:
-        """batch: labels [B, T] of the student, row [B], and `teachers`: name -> that teacher's part."""
+    def signals(self, batch: Mapping[str, Any], weighing: bool = True) -> dict[str, TeacherSignal | AlignedTeacher]:
+        """What all teachers say, each reduced, where it is to be, before the next one runs.
+
+        batch: labels, attention_mask [B, T] of the student, row [B], and `teachers`: name -> that teacher's part.
+        """
         parts, row = batch["teachers"], batch.get("row")
         if not self.fusion.remembered or len(self.teachers) == 1:
-            return {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+            return self._whole(batch, weighing)
         scored = bool(self.fusion.needs & {"nll", "entropy"})
         nll = entropy = None
         if scored:
             if row is None:
-                return {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+                return self._whole(batch, weighing)
             self._known = self._known.to(row.device)
             nll, entropy = self._known[:, :, row]
             if nll.isnan().any():
-                signals = {n: t.signal(parts[n], weighing=weighing) for n, t in self.teachers.items()}
+                signals = self._whole(batch, weighing)
                 self._known[0, :, row] = torch.stack([s.nll for s in signals.values()]).float()
                 self._known[1, :, row] = torch.stack([s.entropy for s in signals.values()]).float()
                 return signals
@@ -180,8 +186,20 @@ class TeacherPanel:
         for i, (name, teacher) in enumerate(self.teachers.items()):
             rows = None if len(asked[i]) == len(shares[i]) else asked[i]
             signal = teacher.signal(parts[name], rows, scores=False, weighing=weighing)
-            found[name] = signal if nll is None else signal.scored(nll[i], entropy[i])
+            found[name] = self._reduced(name, signal if nll is None else signal.scored(nll[i], entropy[i]), batch)
         return found
+
+    def _whole(self, batch: Mapping[str, Any], weighing: bool) -> dict[str, TeacherSignal | AlignedTeacher]:
+        """Every teacher on every sample."""
+        parts = batch["teachers"]
+        return {
+            name: self._reduced(name, teacher.signal(parts[name], weighing=weighing), batch)
+            for name, teacher in self.teachers.items()
+        }
+
+    def _reduced(self, name: str, signal: TeacherSignal, batch: Mapping[str, Any]) -> TeacherSignal | AlignedTeacher:
+        reduce = self.teachers[name].needs.reduce
+        return signal if reduce is None else reduce(name, signal, batch["attention_mask"])
 
     def shares(self, batch: Mapping[str, Any], nll: Tensor | None, entropy: Tensor | None) -> Tensor:
         """[M, B] of a fusion that is `remembered`."""

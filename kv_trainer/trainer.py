@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .adapters import add_adapters, students_peft
 from .arguments import MultiTeacherKVConfig
 from .balance import gradient_norms, loss_scales
 from .bridge import NAME, KVBridge, Supervision
@@ -23,7 +25,15 @@ from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
 from .evaluation import evaluate_model
 from .losses import CrossEntropy, LayerwiseLoss, LossInputs, needs_teacher
 from .report import save_layer_match
-from .resolve import Loadable, check_arguments, numbered_rows, resolve_student, resolve_teacher
+from .resolve import (
+    Loadable,
+    check_arguments,
+    checkpoint_large_student,
+    numbered_rows,
+    place_teacher,
+    resolve_student,
+    resolve_teacher,
+)
 from .routing import RoutingLog
 from .teachers import TeacherPanel
 
@@ -64,15 +74,17 @@ class MultiTeacherKVTrainer(Trainer):
         args.remove_unused_columns = False
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
+        peft_config = students_peft(model, peft_config)
         student, processing_class, chat = resolve_student(model, processing_class)
         self.reader = reader = Reader(processing_class, chat)
-        self.teachers = {name: resolve_teacher(name, t, processing_class) for name, t in (teachers or {}).items()}
+        self.teachers = {
+            name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
+        }
+        checkpoint_large_student(args, student)
         check_arguments(args)
         shape = kv_shape(student) if self.teachers else None
         if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+            student = add_adapters(student, peft_config)
         self.bridge = KVBridge(
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
@@ -120,8 +132,8 @@ class MultiTeacherKVTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(LossTermsProgress)
         self.remove_callback(PrinterCallback)
-        for teacher in self.teachers.values():
-            teacher.model.to(self.args.device)
+        for name, teacher in self.teachers.items():
+            place_teacher(name, teacher.model, self.args.device)
 
     # ---- one step
 
@@ -164,10 +176,12 @@ class MultiTeacherKVTrainer(Trainer):
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
             self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
+            self._measure(step, step / steps),
         )  # fmt: skip
-        with self.bridge.supervise(supervision):
+        # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
+        eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
+        with self.bridge.supervise(supervision), eager:
             outputs = model(**text, use_cache=False)
-        loss = self._balanced(outputs["terms"], outputs["loss"], step, step / steps)
         watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
         self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states())
         for name, term in self.bridge.terms.items():
@@ -175,23 +189,26 @@ class MultiTeacherKVTrainer(Trainer):
         if self.bridge.weights is not None and len(self.teachers) > 1:
             self.routing.add(self.bridge.weights, inputs.get("task"))
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
-        loss = loss * self.accelerator.num_processes
+        loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _balanced(self, terms: dict[str, Tensor], loss: Tensor, step: int, progress: float) -> Tensor:
-        """The loss, after weights that follow the gradient have followed it, in the first micro-batch of a step."""
+    def _measure(self, step: int, progress: float) -> Callable[[Mapping[str, Tensor]], None] | None:
+        """In the first micro-batch of a step that asks for it: measures gradients, and lets weights follow them."""
         every = self.args.monitor.loss_scales_every
         watched = bool(every) and step % every == 0
         if step == self._measured_step or not (watched or self.bridge.balance.due(step)):
-            return loss
+            return None
         self._measured_step = step
-        parameters = [p for n, p in self.model.named_parameters() if p.requires_grad and f"{NAME}." not in n]
-        norms = gradient_norms(terms, parameters, lambda x: self.accelerator.reduce(x, "mean"))
-        reference = self.bridge.losses.get("cross_entropy")
-        self.bridge.balance.follow(norms, reference.weight_at(progress) if reference else 1.0, step)
-        if watched:
-            self._observed |= loss_scales(self.bridge, norms, progress)
-        return self.bridge.total(terms, progress)
+
+        def measure(terms: Mapping[str, Tensor]) -> None:
+            parameters = [p for n, p in self.model.named_parameters() if p.requires_grad and f"{NAME}." not in n]
+            norms = gradient_norms(terms, parameters, lambda x: self.accelerator.reduce(x, "mean"))
+            reference = self.bridge.losses.get("cross_entropy")
+            self.bridge.balance.follow(norms, reference.weight_at(progress) if reference else 1.0, step)
+            if watched:
+                self._observed |= loss_scales(self.bridge, norms, progress)
+
+        return measure
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
@@ -249,6 +266,7 @@ class MultiTeacherKVTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any):
         """Trainer.train, after what calibration.py measures on the first training rows."""
+        self._measured_step = -1
         if self.taught:
             self.calibrate()
         try:

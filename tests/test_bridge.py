@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kv_trainer.alignment.tokens import take
-from kv_trainer.arguments import ControlConfig, MultiTeacherKVConfig, ProjectorConfig
+from kv_trainer.arguments import AlignmentConfig, ControlConfig, MultiTeacherKVConfig, ProjectorConfig, RopeAlignment
 from kv_trainer.bridge import NAME, KVBridge, Supervision
 from kv_trainer.capture import capture_kv, kv_shape
 from kv_trainer.fusion import Confidence, Fixed, MinNorm
@@ -224,6 +224,21 @@ def test_a_fusion_of_targets_needs_a_space_of_targets(student) -> None:
 
 
 # ---- alignment
+
+
+def test_keys_after_rope_are_the_students_own(student) -> None:
+    """The turn that both sides get is what the student's attention does to its own keys."""
+    bridge = bridge_to(student, alignment=AlignmentConfig(rope=RopeAlignment("after")))
+    text = batch()
+    with capture_kv(student, queries=True) as capture:
+        student(**text)
+        states = capture.stop(text["attention_mask"])
+    turned = bridge.turn(states, text["attention_mask"])
+    for mine, before, form in zip(turned.keys, states.keys, states.attention, strict=True):
+        real = states.mask[:, None, :, None]
+        torch.testing.assert_close(mine * real, form.rotate(before) * real)
+        assert (mine - before).abs().max() > 0.1
+
 
 
 def test_align_takes_the_layers_and_the_positions(student) -> None:

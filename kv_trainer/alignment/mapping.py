@@ -19,13 +19,15 @@ RotatedPair = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class AlignedTeacher:
     """kv: [B, Ht, T, Dt] a student layer, mask [B, T]; hidden: L + 1 of [B, T, Ct]; importance [B, T]; last [B, T, Ct];
-    attention: per student layer queries (scaled) and keys after RoPE."""
+    attention: per student layer queries (scaled) and keys after RoPE. nll, entropy: the signal's, never shuffled."""
 
     kv: KVStates
     hidden: tuple[Tensor, ...] | None = None
     importance: Tensor | None = None
     last: Tensor | None = None
     attention: tuple[RotatedPair, ...] | None = None
+    nll: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def align(
@@ -60,6 +62,8 @@ def align(
         importance=None if signal.importance is None else place(signal.importance[..., None])[..., 0],
         last=None if signal.last is None else place(signal.last),
         attention=rotated_pairs(signal.kv, layers, place) if signal.kv.queries is not None else None,
+        nll=signal.nll,
+        entropy=signal.entropy,
     )
 
 
@@ -109,13 +113,16 @@ def rotated_pairs(
     A mean of two layers' queries would belong to neither's keys. layers: None for the student itself.
     """
     assert states.queries is not None and states.attention is not None
-    found = {}
-    for layer, queries, keys, form in zip(states.layers, states.queries, states.keys, states.attention, strict=True):
+    each = zip(states.queries, states.keys, states.attention, strict=True)
+    captured = dict(zip(states.layers, each, strict=True))
+
+    def pair(layer: int) -> RotatedPair:
+        queries, keys, form = captured[layer]
         rotate = form.rotate or (lambda x: x)
-        found[layer] = (rotate(queries) * form.scaling, rotate(keys))
-    if layers is None:
-        return tuple(found.values())
-    placed = {layer: tuple(map(place, found[layer])) for layer in set(nearer(layers))}
-    return tuple(placed[layer] for layer in nearer(layers))
+        return place(rotate(queries) * form.scaling), place(rotate(keys))
+
+    chosen = states.layers if layers is None else nearer(layers)
+    found = {layer: pair(layer) for layer in set(chosen)}
+    return tuple(found[layer] for layer in chosen)
 
 

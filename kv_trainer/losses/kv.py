@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,7 +21,8 @@ def distance(x: Tensor, y: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
         return 1 - F.cosine_similarity(x.transpose(1, 2).flatten(2), y.transpose(1, 2).flatten(2), dim=-1)
     function = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[metric]
-    return function(x, y, reduction="none").mean((1, 3))
+    gap = x - y  # all that is kept for the backward pass, where x and y would be two
+    return function(gap, gap.new_zeros(()).expand_as(gap), reduction="none").mean((1, 3))
 
 
 def spread(x: Tensor, mask: Tensor) -> Tensor:
@@ -83,22 +84,31 @@ class KVLoss(LayerwiseLoss):
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
         """[L, B], against one fused target."""
-        mapped = [pairs(inputs.projectors[name](teacher)) for name, teacher in inputs.teachers.items()]
         each = []
         for layer, ours in enumerate(pairs(inputs.student)):
             share = heard(inputs, layer)  # [M, B, T]
             mask = (share > 0).any(0)
-            targets = [torch.stack(part) for part in zip(*(theirs[layer] for theirs in mapped))]
+            targets = (self._mapped(inputs, part, layer) for part in ("keys", "values"))
             fused = [self._fuse(x, part, share, inputs) for x, part in zip(ours, targets, strict=True)]
             each.append(self._compare(ours, fused, mask, self.position_weights(inputs, mask)))
         return torch.stack(each)
 
-    def _fuse(self, ours: Tensor, targets: Tensor, share: Tensor, inputs: LossInputs) -> Tensor:
-        """The teachers' mean: ours [B, H, T, D], targets [M, B, H, T, D], share [M, B, T] -> [B, H, T, D]."""
+    def _mapped(self, inputs: LossInputs, part: str, layer: int) -> Iterator[Tensor]:
+        """Every teacher's keys, or values, of a student layer in the student's shape, one teacher at a time."""
+        for name, teacher in inputs.teachers.items():
+            yield getattr(inputs.projectors[name], part)[layer](getattr(teacher, part)[layer])
+
+    def _fuse(self, ours: Tensor, targets: Iterator[Tensor], share: Tensor, inputs: LossInputs) -> Tensor:
+        """The teachers' mean: ours and each target [B, H, T, D], share [M, B, T] -> [B, H, T, D]."""
         mixed = share[:, :, None, :, None]
         if inputs.fusion is not None and inputs.fusion.in_target_space:
-            mixed = inputs.fusion.mixing((targets - ours).detach(), mixed, keep=1)
-        return (mixed * targets).sum(0) / mixed.sum(0).clamp_min(1e-12)
+            found = torch.stack(list(targets))
+            mixed = inputs.fusion.mixing((found - ours).detach(), mixed, keep=1)
+            targets = iter(found)
+        total = torch.zeros((), device=share.device)
+        for weight, target in zip(mixed, targets, strict=True):
+            total = total + weight * target
+        return total / mixed.sum(0).clamp_min(1e-12)
 
     def _compare(self, ours: Sequence[Tensor], target: Sequence[Tensor], mask: Tensor, where: Tensor) -> Tensor:
         """Mean over positions (weighted by `where` [B, T]) of keys and values: [B]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fusion import Fusion
+from ..types import KVStates
 from .base import LayerwiseLoss, LossInputs, heard, stacked
 
 
@@ -76,15 +78,17 @@ class KVRelationLoss(LayerwiseLoss):
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
         layers = len(inputs.student.layers)
-        factors = self.layer_factors(inputs, layers)
-        # Shares that are the same in all layers let all layers be one product.
-        together = [list(range(layers))] if inputs.weights.dim() == 2 else [[i] for i in range(layers)]
-        parts = 2 if self.parts == "both" else 1
-        total = torch.zeros((), device=inputs.labels.device)
-        for chosen in together:
-            relative = self._relative(inputs, chosen)  # [parts x layers, groups]
-            total = total + torch.einsum("nq,n->", relative * self._sizes(inputs), factors[chosen].repeat(parts))
-        return total / (parts * layers) / inputs.num_samples
+        by_layer = inputs.weights.dim() == 3
+        # One layer at a time, for what lives only while it is compared; a fusion may decide on all targets together.
+        together = inputs.fusion is not None and inputs.fusion.in_target_space and not by_layer
+        compared: list[Tensor] = []
+        for some in [list(range(layers))] if together else [[layer] for layer in range(layers)]:
+            if by_layer or not compared:
+                shares, chosen = self._shares(inputs, some[0])
+            compared.append(self._relative(inputs, some, shares, chosen).unflatten(0, (-1, len(some))))
+        relative = torch.cat(compared, dim=1)  # [parts, layers, groups]
+        total = torch.einsum("nlq,q,l->", relative, self._sizes(inputs), self.layer_factors(inputs, layers))
+        return total / (len(relative) * layers) / inputs.num_samples
 
     def _sizes(self, inputs: LossInputs) -> Tensor:
         """[groups]: a group counts as many times as it has samples; only the last one can be incomplete."""
@@ -92,24 +96,28 @@ class KVRelationLoss(LayerwiseLoss):
         sizes = [min(self.samples, samples - start) for start in range(0, samples, self.samples)]
         return torch.tensor(sizes, dtype=torch.float32, device=inputs.labels.device)
 
-    def _relative(self, inputs: LossInputs, layers: list[int]) -> Tensor:
+    def _shares(self, inputs: LossInputs, layer: int) -> tuple[Tensor, Tensor | None]:
+        """[M, groups, P] shares of the positions of each group, and which [groups, P] they are, None for all."""
+        shares = heard(inputs, layer)
+        shares = shares * self.position_weights(inputs, (shares > 0).any(0))
+        shares = grouped(shares, -(-shares.shape[1] // self.samples), self.samples)
+        if shares.shape[2] <= self.max_positions:
+            return shares, None
+        chosen = pick_positions((shares > 0).any(0), self.max_positions)
+        return shares.gather(2, chosen.expand(len(shares), -1, -1)), chosen
+
+    def _relative(self, inputs: LossInputs, layers: list[int], shares: Tensor, chosen: Tensor | None) -> Tensor:
         """The relative squared error of some layers, [parts x layers, groups]."""
         assert inputs.student is not None
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
-        shares = heard(inputs, layers[0])
-        shares = shares * self.position_weights(inputs, (shares > 0).any(0))
-        groups = -(-shares.shape[1] // self.samples)
-        shares = grouped(shares, groups, self.samples)
-        student, *teachers = (
-            grouped(stacked(s, parts, layers), groups, self.samples)
-            for s in (inputs.student, *inputs.teachers.values())
-        )
-        if student.shape[2] > self.max_positions:
-            chosen = pick_positions((shares > 0).any(0), self.max_positions)
-            shares = shares.gather(2, chosen.expand(len(shares), -1, -1))
-            student, *teachers = (take_positions(x, chosen) for x in (student, *teachers))
-        ours = directions(student, (shares > 0).any(0).float())
+
+        def positions(states: KVStates) -> Tensor:
+            x = grouped(stacked(states, parts, layers), shares.shape[1], self.samples)
+            return x if chosen is None else take_positions(x, chosen)
+
+        ours = directions(positions(inputs.student), (shares > 0).any(0).float())
         gram = ours @ ours.mT
+        teachers = map(positions, inputs.teachers.values())  # one at a time: memory does not grow with teachers
         with torch.set_grad_enabled(torch.is_grad_enabled() and shares.requires_grad):  # a router learns through them
             if inputs.fusion is not None and inputs.fusion.in_target_space:
                 target, weight = fuse_by_element(teachers, shares, gram.detach(), inputs.fusion)
@@ -125,27 +133,30 @@ def root(x: Tensor) -> Tensor:
     return torch.where(x > 0, x.clamp_min(1e-12).sqrt(), 0.0)
 
 
-def fuse(teachers: list[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
+def fuse(teachers: Iterable[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
     """The mean Gram matrix, and the weight, of each pair, both with the square root of the weight as a factor.
 
     teachers: [N, Q, P, C_m] each; shares [M, Q, P]. A pair's weight is W = sum over m of sqrt(share_i share_j), its
     mean cosine sum of sqrt(share_i share_j) cos_m / W. Returns sqrt(W) mean [N, Q, P, P] and sqrt(W) [Q, P, P], zero
-    on the diagonal. Scaling the directions by sqrt(share) makes both sums one product over all teachers' channels.
+    on the diagonal. Scaling the directions by sqrt(share) makes a teacher's part of the sum one product.
     """
     lengths = root(shares)
-    scaled = torch.cat([directions(x, r) for x, r in zip(teachers, lengths)], dim=-1)
     weight = root(off_diagonal(torch.einsum("mqi,mqj->qij", lengths, lengths)))
-    return (scaled @ scaled.mT) * torch.where(weight > 0, 1 / weight.clamp_min(1e-12), 0), weight
+    total: Tensor | float = 0.0
+    for x, length in zip(teachers, lengths, strict=True):
+        scaled = directions(x, length)
+        total += scaled @ scaled.mT
+    return total * torch.where(weight > 0, 1 / weight.clamp_min(1e-12), 0), weight
 
 
-def fuse_by_element(teachers: list[Tensor], shares: Tensor, ours: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
+def fuse_by_element(teachers: Iterable[Tensor], shares: Tensor, ours: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
     """As `fuse`, but the fusion decides how much each teacher counts in each pair, or group of samples.
 
     ours: [N, Q, P, P], the student's Gram matrix. Returns sqrt(W) mean and sqrt(W), both [N, Q, P, P].
     """
     lengths = root(shares)
     weight = torch.stack([off_diagonal(r.unsqueeze(2) * r.unsqueeze(1)) for r in lengths])[:, None]
-    units = [directions(x, (r > 0).float()) for x, r in zip(teachers, lengths)]
+    units = (directions(x, (r > 0).float()) for x, r in zip(teachers, lengths, strict=True))
     grams = torch.stack([u @ u.mT for u in units])
     mixed = fusion.mixing(grams - ours, weight, keep=2)
     total = mixed.sum(0)

@@ -1,0 +1,1 @@
+"""What is done around runs: looking at a recipe before it is given a night."""
