@@ -51,12 +51,12 @@ def peft_config(section: Node | Mapping[str, Any]) -> PeftConfig:
     name = str(kind.value).lower()
     if name not in classes:
         hint = suggest(name, list(classes)) if kind.value else ""
-        known = ", ".join(sorted(n for n in classes if n.upper() not in REFUSED))
-        raise RecipeError(f"student.peft.type {kind.where} is {kind.value!r}; give one of {known}.{hint}")
+        usable = ", ".join(sorted(n for n in classes if n.upper() not in REFUSED))
+        raise RecipeError(f"student.peft.type {kind.where} is {kind.value!r}; give one of {usable}.{hint}")
+    known = [field.name for field in dataclasses.fields(classes[name]) if field.name not in SET_HERE]
     for key, child in given.items():
         if key in SET_HERE:
             raise RecipeError(f"student.peft.{key} {child.where} follows from the student; leave it out.")
-        known = [field.name for field in dataclasses.fields(classes[name]) if field.name not in SET_HERE]
         if key not in known:
             raise unknown(key, "student.peft", child, known, f"type; {name} takes {', '.join(known)}")
     config = _built(classes[name], Node(given, node.where, node.folder))

@@ -91,7 +91,8 @@ class KVCapture:
         self, model: nn.Module, layers: Sequence[int] | None = None, queries: bool = False, hidden: bool = False
     ) -> None:
         every = {layer.index: layer for layer in attention_layers(model)}
-        self.num_layers = model.config.get_text_config().num_hidden_layers
+        config: Any = model.config
+        self.num_layers = config.get_text_config().num_hidden_layers
         self.layers = tuple(every) if layers is None else tuple(layers)
         if not set(self.layers) <= set(every):
             has = f"layers 0 to {self.num_layers - 1}"

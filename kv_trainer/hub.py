@@ -38,7 +38,7 @@ def write_model_card(
         library_name="peft" if recipe.student.peft else "transformers",
         pipeline_tag="text-generation",
         base_model=_hub_name(recipe.student.model, recipe),
-        **({"base_model_relation": "adapter"} if recipe.student.peft else {}),
+        base_model_relation="adapter" if recipe.student.peft else None,
         datasets=_hub_name(recipe.args.data.path, recipe),
         tags=["kv-distillation", "knowledge-distillation"],
         model_name=name,

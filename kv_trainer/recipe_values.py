@@ -152,7 +152,7 @@ def build(cls: type, node: Node, path: str) -> Any:
     for key, child in mapping(node, path).items():
         if key not in known:
             raise unknown(key, path, child, known)
-        section = next((hint for hint in members(hints[key]) if is_dataclass(hint)), None)
+        section: Any = next((hint for hint in members(hints[key]) if is_dataclass(hint)), None)
         if section and (section is hints[key] or isinstance(child.value, dict)):
             values[key] = build(section, child, join(path, key))
             continue

@@ -29,12 +29,15 @@ def resolve_student(
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if isinstance(config, StudentConfig):
         return load_student(config), tokenizer or load_tokenizer(config), config.chat
+    if isinstance(config, ModelConfig):
+        raise ValueError(f"The student is a {type(config).__name__}; give a name, a StudentConfig or a model.")
     if tokenizer is None:
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if hasattr(config, "active_peft_config"):
-        check_method(config.active_peft_config)
+    adapters: Any = getattr(config, "active_peft_config", None)
+    if adapters is not None:
+        check_method(adapters)
     return config, tokenizer, False
 
 
@@ -63,7 +66,7 @@ def resolve_teacher(
     return Teacher(model, Reader(tokenizer))
 
 
-def place_teacher(name: str, model: PreTrainedModel, device: torch.device) -> None:
+def place_teacher(name: str, model: Any, device: torch.device) -> None:
     """Move a teacher to the student's device; one that bitsandbytes quantised stays where it was quantised."""
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         model.to(device)
@@ -115,7 +118,8 @@ def check_arguments(args: MultiTeacherKVConfig) -> None:
         )
     if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
         raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    options = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(
             "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
         )

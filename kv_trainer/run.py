@@ -78,12 +78,13 @@ def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
     shapes = {name: teacher.shape for name, teacher in trainer.teachers.items()}
     same = {n: same_tokenizer(trainer.processing_class, t.reader.tokenizer) for n, t in trainer.teachers.items()}
     projector = sum(p.numel() for p in trainer.bridge.parameters())
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     report.print_header(
         console,
         student=student,
         teachers=shapes,
         differs=report.axes_that_differ(student, shapes, same),
-        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) - projector,
+        trainable=trainable - projector,
         projector=projector,
         projector_lr=trainer.args.projector.learning_rate if projector else None,
         learning_rate=trainer.args.learning_rate,

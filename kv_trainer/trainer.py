@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import add_adapters, students_peft
@@ -56,6 +56,10 @@ class MultiTeacherKVTrainer(Trainer):
     `args.projector.learning_rate`, and are saved apart from the student, in kv_bridge.safetensors.
     """
 
+    args: MultiTeacherKVConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: Loadable,
@@ -82,7 +86,7 @@ class MultiTeacherKVTrainer(Trainer):
         }
         checkpoint_large_student(args, student)
         check_arguments(args)
-        shape = kv_shape(student) if self.teachers else None
+        shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
         if peft_config is not None:
             student = add_adapters(student, peft_config)
         self.bridge = KVBridge(
@@ -285,7 +289,7 @@ class MultiTeacherKVTrainer(Trainer):
         self.panel.task_nll = self.bridge.task_nll
         if self.is_world_process_zero():
             for name, similarity in matched.items():
-                save_layer_match(Path(self.args.output_dir), name, similarity, self.bridge.layer_maps[name])
+                save_layer_match(Path(str(self.args.output_dir)), name, similarity, self.bridge.layer_maps[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The one funnel of all saves: the student plain, the bridge's tensors beside it."""
@@ -299,7 +303,7 @@ class MultiTeacherKVTrainer(Trainer):
         if trained_cache is not None:
             self.model.config.use_cache = trained_cache
         if self.teachers and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(str(output_dir or self.args.output_dir))
             save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / f"{BRIDGE_FILE}.tmp")
             (folder / f"{BRIDGE_FILE}.tmp").replace(folder / BRIDGE_FILE)
 
@@ -309,7 +313,7 @@ class MultiTeacherKVTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_bridge(self.state.best_model_checkpoint)
+        self._load_bridge(str(self.state.best_model_checkpoint))
 
     def _load_bridge(self, folder: str) -> None:
         path = Path(folder) / BRIDGE_FILE

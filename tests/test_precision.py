@@ -104,7 +104,7 @@ def test_quantisation_says_what_to_install(tiny_model, tmp_path: Path) -> None:
 @pytest.mark.skipif(not has_bitsandbytes, reason="needs bitsandbytes")
 @pytest.mark.parametrize("bits, error", [("8bit", 0.03), ("4bit", 0.2)])
 def test_quantised_teacher_is_captured_and_teaches(
-    world: World, tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch, bits: str, error: float
+    world: World, tiny_model, tiny_tokenizer, tmp_path: Path, bits: str, error: float
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64}
     whole = tiny_model("llama", seed=7, **sizes)
@@ -123,16 +123,16 @@ def test_quantised_teacher_is_captured_and_teaches(
         found, expected = (getattr(s, part)[0] for s in states)
         assert 1e-4 < (found - expected).norm() / expected.norm() < error
 
-    monkeypatch.setattr(type(model), "to", lambda *a, **k: pytest.fail("a quantised teacher was moved"))
     rows = Dataset.from_list([{"text": "two plus two is four"}, {"text": "nine times three is not five"}] * 2)
     trainer = world.trainer(tmp_path / "out", with_text("kv"), teachers={"t": config}, rows=rows)
     trainer.train()
     assert all(math.isfinite(log["loss_kv"]) for log in curve(trainer))
 
 
-def test_quantised_instance_must_be_where_the_student_is(tiny_model) -> None:
+def test_quantised_teacher_is_not_moved_but_must_be_where_the_student_is(tiny_model) -> None:
     model = tiny_model("llama")
     model.quantization_method = "bitsandbytes"
+    model.to = lambda *a, **k: pytest.fail("it was moved")
     place_teacher("t", model, torch.device("cpu"))
     with pytest.raises(ValueError, match="Teacher 't' was quantised on cpu, but the student trains on cuda:1"):
         place_teacher("t", model, torch.device("cuda", 1))
