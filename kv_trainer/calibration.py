@@ -65,10 +65,10 @@ class Calibration:
     def standardise_projectors(self) -> None:
         """Every projector's mean and deviation, from the aligned states of its teacher."""
         for name, teacher in self.teachers.items():
-            states = [
-                self.bridge.align(name, teacher.signal(b["teachers"][name], scores=False), b["attention_mask"]).kv
-                for b in self.batches(self.first(ROWS))
-            ]
+            states = []
+            for batch in self.batches(self.first(ROWS)):
+                signal = teacher.signal(batch["teachers"][name], scores=False, weighing=False)
+                states.append(self.bridge.align(name, signal, batch["attention_mask"]).kv)
             self.bridge.projectors[name].calibrate(states)
 
     def score(self, chosen: Sequence[int]) -> Tensor:

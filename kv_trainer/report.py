@@ -78,9 +78,10 @@ def print_methods(section: str = "", console: Console | None = None) -> None:
     if not chosen:
         known = ", ".join(dict.fromkeys(method.section for method in METHODS))
         raise ValueError(f"No method's section begins with '{section}'. Sections: {known}.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("setting", "what it does", "needs", "source"):
-        table.add_column(title)
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    table.add_column("setting", no_wrap=True)
+    for title, ratio in (("what it does", 4), ("needs", 2), ("source", 3)):
+        table.add_column(title, ratio=ratio)
     shown = ""
     for method in chosen:
         if method.section != shown:

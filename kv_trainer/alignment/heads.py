@@ -137,12 +137,14 @@ class TeacherProjectors(nn.Module):
     def standardise(self, states: KVStates) -> KVStates:
         """States of the teacher's shape less its calibrated mean, over its calibrated deviation, by channel."""
 
-        def standard(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-            return (x - mean[..., : x.shape[-1]]) / scale[..., : x.shape[-1]]
-
-        keys = tuple(map(standard, states.keys, self.mean[0], self.scale[0]))
-        values = tuple(map(standard, states.values, self.mean[1], self.scale[1]))
+        layers = range(len(states.keys))
+        keys = tuple(self.standard(k, 0, i) for i, k in zip(layers, states.keys))
+        values = tuple(self.standard(v, 1, i) for i, v in zip(layers, states.values))
         return KVStates(keys, values, states.mask, states.layers, states.num_layers)
+
+    def standard(self, x: Tensor, part: int, layer: int) -> Tensor:
+        """One [B, H, T, D] of keys (part 0) or values (1) of a student layer, standardised."""
+        return (x - self.mean[part, layer, ..., : x.shape[-1]]) / self.scale[part, layer, ..., : x.shape[-1]]
 
     @torch.no_grad()
     def calibrate(self, batches: list[KVStates]) -> None:

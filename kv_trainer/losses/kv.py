@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ..alignment.heads import TeacherProjectors
 from ..types import KVStates
 from .base import LayerwiseLoss, LossInputs, heard, masked_mean
 
+Pair = tuple[Tensor, Tensor]
 Metric = Literal["mse", "smooth_l1", "l1", "cosine"]
 
 
@@ -70,28 +73,46 @@ class KVLoss(LayerwiseLoss):
         """[L, B], teachers averaged by their shares."""
         total = torch.zeros((), device=inputs.labels.device)
         for weight, (name, teacher) in zip(inputs.weights, inputs.teachers.items(), strict=True):
-            # Both sides in the calibrated units of the teacher's channels: a few loud channels must not be all.
-            projected = inputs.projectors[name].standardise(inputs.projectors[name](inputs.student))
-            with torch.no_grad():
-                target = inputs.projectors[name].standardise(teacher)
             where = self.position_weights(inputs, teacher.mask)
             each = [
-                self._compare(ours, theirs, teacher.mask, where)
-                for ours, theirs in zip(pairs(projected), pairs(target), strict=True)
+                self._once(inputs, self._through, inputs.projectors[name], i, ours, theirs, teacher.mask, where)
+                for i, (ours, theirs) in enumerate(zip(pairs(inputs.student), pairs(teacher), strict=True))
             ]
             total = total + weight * torch.stack(each)
         return total
 
+    def _through(
+        self, projectors: TeacherProjectors, layer: int, ours: Pair, theirs: Pair, mask: Tensor, where: Tensor
+    ) -> Tensor:
+        """[B]: one student layer mapped to one teacher's shape, against that teacher."""
+        maps = (projectors.keys[layer], projectors.values[layer])
+        # Both sides in the calibrated units of the teacher's channels: a few loud channels must not be all.
+        projected = [projectors.standard(f(x), part, layer) for part, (f, x) in enumerate(zip(maps, ours))]
+        with torch.no_grad():
+            target = [projectors.standard(x, part, layer) for part, x in enumerate(theirs)]
+        return self._compare(projected, target, mask, where)
+
     def _to_student(self, inputs: LossInputs) -> Tensor:
         """[L, B], against one fused target."""
-        each = []
-        for layer, ours in enumerate(pairs(inputs.student)):
-            share = heard(inputs, layer)  # [M, B, T]
-            mask = (share > 0).any(0)
-            targets = (self._mapped(inputs, part, layer) for part in ("keys", "values"))
-            fused = [self._fuse(x, part, share, inputs) for x, part in zip(ours, targets, strict=True)]
-            each.append(self._compare(ours, fused, mask, self.position_weights(inputs, mask)))
+        each = [self._once(inputs, self._fused, inputs, i, ours) for i, ours in enumerate(pairs(inputs.student))]
         return torch.stack(each)
+
+    def _once(self, inputs: LossInputs, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        """function(*given), of which nothing is kept for the backward pass where there are several teachers.
+
+        It is computed again there: the memory does not grow with the teachers.
+        """
+        if len(inputs.teachers) == 1 or not torch.is_grad_enabled():
+            return function(*given)
+        return checkpoint(function, *given, use_reentrant=False)
+
+    def _fused(self, inputs: LossInputs, layer: int, ours: Pair) -> Tensor:
+        """[B]: one student layer against the mean of the teachers in the student's shape."""
+        share = heard(inputs, layer)  # [M, B, T]
+        mask = (share > 0).any(0)
+        targets = (self._mapped(inputs, part, layer) for part in ("keys", "values"))
+        fused = [self._fuse(x, part, share, inputs) for x, part in zip(ours, targets, strict=True)]
+        return self._compare(ours, fused, mask, self.position_weights(inputs, mask))
 
     def _mapped(self, inputs: LossInputs, part: str, layer: int) -> Iterator[Tensor]:
         """Every teacher's keys, or values, of a student layer in the student's shape, one teacher at a time."""
@@ -121,6 +142,6 @@ class KVLoss(LayerwiseLoss):
         return torch.stack(terms).mean(0)
 
 
-def pairs(states: KVStates) -> list[tuple[Tensor, Tensor]]:
+def pairs(states: KVStates) -> list[Pair]:
     """Keys and values, layer by layer."""
     return list(zip(states.keys, states.values, strict=True))
