@@ -93,6 +93,7 @@ class MultiTeacherKVTrainer(Trainer):
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
         for name, teacher in self.teachers.items():
+            place_teacher(name, teacher.model, args.device)
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
             if self.bridge.teacher_needs().final:
                 self.bridge.heads[name] = teacher.vocabulary(processing_class)
@@ -136,8 +137,6 @@ class MultiTeacherKVTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(LossTermsProgress)
         self.remove_callback(PrinterCallback)
-        for name, teacher in self.teachers.items():
-            place_teacher(name, teacher.model, self.args.device)
 
     # ---- one step
 

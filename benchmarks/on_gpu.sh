@@ -1,0 +1,19 @@
+#!/bin/sh
+# Everything that wants a GPU, in one call: sh benchmarks/on_gpu.sh [FOLDER]. Prints as it goes; files land in FOLDER.
+# The tests run on the CPU by design; here the same parts run where torch finds a GPU.
+set -eu
+out=${1:-outputs/gpu}
+mkdir -p "$out"
+python -c "import torch; assert torch.cuda.is_available(), 'no GPU'; print(torch.cuda.get_device_name(), torch.__version__)"
+train() { python -m kv_trainer train recipes/quickstart/two_teachers.yaml --training.disable_tqdm true "$@"; }
+# Each loss and fusion for a few steps, in bfloat16 too: what breaks on a GPU breaks here.
+for setting in losses.kv.weight losses.cka.weight losses.codi.weight losses.attention_kl.weight; do
+  train --quick "--$setting" 0.1 --training.bf16 true --training.output_dir "$out/$setting"
+done
+for fusion in uniform entropy task_wise similarity router govern min_norm; do
+  train --quick --fusion.method $fusion --training.output_dir "$out/$fusion"
+done
+train --training.output_dir "$out/two_teachers"
+python benchmarks/step_time.py
+python benchmarks/attention_weighting.py
+python benchmarks/teachers_memory.py
