@@ -15,5 +15,5 @@ for fusion in uniform entropy task_wise similarity router govern min_norm; do
 done
 train --training.output_dir "$out/two_teachers"
 python benchmarks/step_time.py
-python benchmarks/attention_weighting.py
-python benchmarks/teachers_memory.py
+python benchmarks/attention_weighting.py --device cuda
+python benchmarks/teachers_memory.py --device cuda

@@ -20,6 +20,28 @@ LIMIT = 10.0
 Reduce = Callable[[Tensor], Tensor]  # mean over ranks
 
 
+def check_reference(losses: Mapping[str, DistillationLoss], watched: int = 0) -> None:
+    """ValueError if gradients are to be measured against a cross-entropy that does not count.
+
+    watched: steps between two measurements for the logs, 0 = none.
+    """
+    reference = losses.get(REFERENCE)
+    counts = reference is not None and reference.active
+    if counts and isinstance(reference.weight, GradientShare):
+        raise ValueError("losses.cross_entropy.weight is a gradient_share, which is a share of its own; give a number.")
+    shared = [name for name, loss in losses.items() if isinstance(loss.weight, GradientShare)]
+    if shared and not counts:
+        raise ValueError(
+            f"losses.{shared[0]}.weight is a gradient_share, a share of the cross-entropy's gradient, but "
+            "losses.cross_entropy does not count; give a number, or cross_entropy a weight above 0."
+        )
+    if watched and not counts:
+        raise ValueError(
+            "monitor.loss_scales_every measures gradients against the cross-entropy's, but losses.cross_entropy does "
+            "not count; leave it out, or give cross_entropy a weight above 0."
+        )
+
+
 def gradient_norms(
     terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], mean_over_ranks: Reduce
 ) -> dict[str, Tensor]:

@@ -20,11 +20,12 @@ from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .alignment.rope import rerotate
 from .arguments import MultiTeacherKVConfig
-from .balance import Balance
+from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
 from .fusion import FusionInputs, Router, check_given, teacher_shares
 from .importance import importance
 from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
+from .losses.base import chosen_layers
 from .teachers import TeacherNeeds
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head
@@ -78,6 +79,9 @@ class KVBridge(nn.Module):
         lonely = [name for name, loss in self.losses.items() if needs_teacher(loss.needs)]
         if lonely and not teachers:
             raise ValueError(f"losses.{lonely[0]} needs a teacher, but there is none; give teachers, or leave it out.")
+        check_reference(args.losses, args.monitor.loss_scales_every)
+        for name, loss in self.losses.items() if student else ():
+            check_layers(name, loss, student.num_layers)
         self._check_target_space(args)
         explicit = args.alignment.layers.map or {}
         method = args.alignment.layers.method
@@ -269,6 +273,14 @@ class KVBridge(nn.Module):
         if "student_attention" in self.requires:
             inputs.attention = {n: a.attention for n, a in aligned.items()}
             inputs.attention["student"] = rotated_pairs(inputs.student)
+
+
+def check_layers(name: str, loss: DistillationLoss, count: int) -> None:
+    """ValueError, before anything runs, if a loss names student layers that are not there."""
+    try:
+        chosen_layers(getattr(loss, "layers", "all"), count)
+    except ValueError as error:
+        raise ValueError(f"losses.{name}.{error}") from None
 
 
 def head_projectors(student: KVShape, teacher: KVShape, args: MultiTeacherKVConfig) -> TeacherProjectors:

@@ -82,10 +82,14 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
+    from .checks import ignored
+
     failed = False
     for path in options.recipes:
         try:
             recipe = load(path, overrides, options.quick)
+            for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
+                print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
             check_models(recipe)
         except (ValueError, OSError) as error:
             if options.traceback:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from .callbacks import read_metrics
+from .files import beside
 
 # Okabe and Ito's palette, told apart by colour-blind readers as well.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -39,9 +39,8 @@ def draw_curve(metrics: Path, target: Path, title: str) -> Path | None:
         right.set_ylim(bottom=0)
         right.yaxis.set_major_formatter(PLAIN)
         _dress(right, "learning rate")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, target)
+    with beside(target) as temporary:
+        figure.savefig(temporary, format="png")
     return target
 
 

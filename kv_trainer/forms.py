@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
-from .alignment.rope import rotates, rotation_of
+from .alignment.rope import Turn, rotates, rotation_of
 from .families import NORM_AFTER_ROPE, SEPARATE, AttentionLayer
 from .types import AttentionForm
 
@@ -63,7 +62,7 @@ def attention_form(layer: AttentionLayer, received: dict[str, Any]) -> Attention
     module, rotate = layer.module, None
     embeddings = received.get("position_embeddings")
     if embeddings is not None and rotates(module):
-        rotate = partial(rotation_of(module), embeddings=embeddings)
+        rotate = Turn(rotation_of(module), embeddings)
     return AttentionForm(
         scaling=float(next(getattr(module, name) for name in SCALING_NAMES if hasattr(module, name))),
         rotate=rotate,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from .files import beside
 
 INK, MARK = "#333333", "#D55E00"
 MANY_CELLS = 150  # beyond these, a number in every cell could not be read
@@ -49,9 +50,8 @@ def draw_heatmap(
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=25)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK, length=0)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, target)
+    with beside(target) as temporary:
+        figure.savefig(temporary, format="png")
     return target
 
 

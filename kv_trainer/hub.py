@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import ModelConfig, Recipe
+from .files import beside
 from .fusion import method_of
 from .report import format_count, result_rows
 from .types import KVShape
@@ -55,9 +56,8 @@ def write_model_card(
         "## Citations\n\n" + _citations(recipe),
     )
     card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    card.save(temporary)
-    os.replace(temporary, target)
+    with beside(target) as temporary:
+        card.save(temporary)
     return target
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,10 @@ def attention_rows(queries: Tensor, keys: Tensor, form: AttentionForm, mask: Ten
     queries [B, Hq, S, D], keys [B, H, S, D] before RoPE, mask [B, S] True = real, positions [B, Q].
     """
     heads, samples, count = keys.shape[1], *positions.shape
-    asked = (rotated_at(queries, form, positions) * form.scaling).unflatten(1, (heads, -1)).flatten(2, 3)
-    keys = keys if form.rotate is None else form.rotate(keys)  # asked: [B, H, G * Q, D]
+    asked = queries.gather(2, positions[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+    if form.rotate is not None:  # of the queries only what is asked: a third of all that is done here
+        asked, keys = form.rotate.at(positions)(asked), form.rotate(keys)
+    asked = (asked * form.scaling).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G * Q, D]
     logits = (asked @ keys.mT).unflatten(2, (-1, count)).flatten(1, 2).float()  # [B, Hq, Q, S]
     if form.softcap is not None:
         logits = form.softcap * torch.tanh(logits / form.softcap)
@@ -46,21 +46,6 @@ def attention_rows(queries: Tensor, keys: Tensor, form: AttentionForm, mask: Ten
         sinks = form.sinks.float()[None, :, None, None].expand(samples, -1, count, 1)
         return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
     return torch.softmax(logits, dim=-1)
-
-
-def rotated_at(queries: Tensor, form: AttentionForm, positions: Tensor) -> Tensor:
-    """Queries [B, Hq, S, D] at some positions [B, Q], after RoPE: [B, Hq, Q, D]."""
-    index = positions[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
-    if not isinstance(form.rotate, partial):
-        return (queries if form.rotate is None else form.rotate(queries)).gather(2, index)
-
-    def pick(table: Tensor) -> Tensor:
-        return table.expand(len(positions), -1, -1).gather(1, positions[..., None].expand(-1, -1, table.shape[-1]))
-
-    # As forms.py makes it, of tables [B, S, ...]. To turn only what is asked takes a third off all that is done here.
-    tables = form.rotate.keywords["embeddings"]
-    tables = pick(tables) if isinstance(tables, Tensor) else tuple(map(pick, tables))
-    return form.rotate.func(queries.gather(2, index), embeddings=tables)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 import typing
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
@@ -21,15 +20,16 @@ import yaml
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .arguments import CHECKPOINTING, MultiTeacherKVConfig, ProjectorConfig, Recipe, StudentConfig, TeacherConfig
-from .callbacks import check_callbacks
-from .fusion import FUSIONS, Confidence, Fixed, Fusion, method_of
-from .losses import LOSSES, CrossEntropy, DistillationLoss, needs_teacher
+from .arguments import CHECKPOINTING, MultiTeacherKVConfig, Recipe, StudentConfig, TeacherConfig
+from .files import write_text
+from .fusion import FUSIONS, Confidence, Fusion, method_of
+from .losses import LOSSES, CrossEntropy, DistillationLoss
 from .quick import quick_preset
+from .recipe_checks import check
 from .recipe_tree import NESTED, SECTIONS, Node, RecipeError, merge, read_file, read_overrides
 from .recipe_values import blame, build, coerce, mapping, suggest, unknown
 
-__all__ = ["RecipeError", "dump_recipe", "load_recipe", "save_recipe", "write_text"]
+__all__ = ["RecipeError", "dump_recipe", "load_recipe", "save_recipe"]
 
 # What differs from TrainingArguments' own defaults: our columns are not the model's, nothing is reported to a service
 # that nobody named, short runs show a line now and then, checkpoints do not fill the disk, and a loss that is not
@@ -38,7 +38,6 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False, "report_to": "none", "logging_steps": 10, "save_total_limit": 2,
     "logging_nan_inf_filter": False,
 }  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 # --------------------------------------------------------------------------------------------- sections
 
@@ -118,106 +117,6 @@ def build_training(node: Node, sections: dict[str, Any], output_dir: str) -> Mul
         raise blame(error, node, "training") from error
 
 
-# --------------------------------------------------------------------------------------------- checks across sections
-
-
-def check_student(student: StudentConfig, tree: Node) -> None:
-    where = tree.at("student")
-    if student.model and student.config:
-        where = tree.at("student", "config")
-        raise RecipeError(f"student {where} has both 'model' and 'config'; give model (pretrained) or config (random).")
-    if not student.model and not student.config:
-        raise RecipeError(f"student {where} has neither 'model' nor 'config'; give one of them.")
-    if student.config and student.keep_layers is not None:
-        where = tree.at("student", "keep_layers")
-        raise RecipeError(f"student.keep_layers {where} needs 'model': with 'config', set the layers in the config.")
-    if student.config and not student.tokenizer:
-        raise RecipeError(f"student {where} has 'config' but no 'tokenizer'; give a hub name or a folder.")
-
-
-def check_peft(student: StudentConfig, tree: Node) -> None:
-    """The section as peft would take it, which needs no model. What it targets is known once there is one."""
-    if student.peft is not None:
-        from .adapters import peft_config
-
-        peft_config(tree.value["student"].value["peft"])
-
-
-def check_losses(recipe: Recipe, tree: Node) -> None:
-    """Losses that need a teacher, and teachers that need a loss."""
-    users = [name for name, loss in recipe.args.losses.items() if needs_teacher(loss.needs)]
-    if users and not recipe.teachers:
-        raise RecipeError(f"losses.{users[0]} {tree.at('losses', users[0])} needs a teacher; add one under teachers.")
-    if recipe.teachers and not users:
-        name = next(iter(recipe.teachers))
-        usable = ", ".join(loss for loss in LOSSES if needs_teacher(LOSSES[loss].requires))
-        where = tree.at("teachers", name)
-        raise RecipeError(f"teachers.{name} {where} would be ignored: no loss needs a teacher; add one of {usable}.")
-
-
-def check_layers(recipe: Recipe, tree: Node) -> None:
-    """An explicit layer map names every teacher, and a map is there only for `explicit`."""
-    layers, where = recipe.args.alignment.layers, tree.at("alignment", "layers", "map")
-    if (layers.method == "explicit") != (layers.map is not None):
-        raise RecipeError(f"alignment.layers {where} needs both 'method: explicit' and 'map', or neither of them.")
-    if layers.map is not None and set(layers.map) != set(recipe.teachers):
-        names, teachers = ", ".join(layers.map), ", ".join(recipe.teachers)
-        raise RecipeError(f"alignment.layers.map {where} is for {names or 'nobody'}; the teachers are {teachers}.")
-
-
-def check_evaluation(recipe: Recipe, tree: Node) -> None:
-    args, where = recipe.args, tree.at("evaluation", "answer_pattern")
-    if args.eval_strategy != "no" and args.data.eval_split is None:
-        asked = tree.at("training", "eval_strategy")
-        raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
-    try:
-        groups = re.compile(args.evaluation.answer_pattern).groups
-    except re.error as error:
-        raise RecipeError(f"evaluation.answer_pattern {where} is no regular expression: {error}.") from error
-    if not groups:
-        raise RecipeError(f"evaluation.answer_pattern {where} has no group; put the answer in one: '#### (.+)'.")
-
-
-def check_around(recipe: Recipe, tree: Node) -> None:
-    """Early stopping and growing accumulation, which lean on fields of `training`."""
-    try:
-        check_callbacks(recipe.args)
-    except ValueError as error:
-        section = "early_stopping" if str(error).startswith("early_stopping") else "accumulation"
-        raise RecipeError(f"{section} {tree.at(section)}: {error}") from error
-
-
-def check(recipe: Recipe, tree: Node) -> None:
-    """What no section can see alone. RecipeError for the impossible, a warning for what has no effect."""
-    check_student(recipe.student, tree)
-    check_peft(recipe.student, tree)
-    for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
-        if model.dtype not in DTYPES:
-            hint, where = suggest(model.dtype, DTYPES), tree.at(*path.split("."), "dtype")
-            raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")
-    if not recipe.args.data.path:
-        raise RecipeError(f"data {tree.at('data')} has no 'path'; give a hub name, a folder or a file.")
-    check_losses(recipe, tree)
-    check_layers(recipe, tree)
-    check_evaluation(recipe, tree)
-    check_around(recipe, tree)
-    for message in ignored(recipe):
-        warnings.warn(message, stacklevel=3)
-
-
-def ignored(recipe: Recipe) -> list[str]:
-    """Settings that differ from their defaults and have no effect in this recipe."""
-    args, found = recipe.args, []
-    weighted = [name for name, teacher in recipe.teachers.items() if teacher.weight != 1.0]
-    if weighted and not isinstance(args.fusion, Fixed):
-        found.append(f"teachers.{weighted[0]}.weight has no effect: it needs fusion.method: fixed.")
-    if args.projector != ProjectorConfig() and not any("projectors" in loss.needs for loss in args.losses.values()):
-        found.append("projector has no effect: no loss of this recipe uses projectors.")
-    if args.control.shuffle and not recipe.teachers:
-        found.append("control.shuffle has no effect: there is no teacher.")
-    return found
-
-
 # --------------------------------------------------------------------------------------------- the way in and out
 
 
@@ -273,18 +172,6 @@ def dump_recipe(recipe: Recipe) -> str:
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write dump_recipe(recipe) to `path`. The file appears whole."""
     write_text(path, dump_recipe(recipe))
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file. Makes the folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def by_name(section: dict[str, Any]) -> dict[str, dict[str, Any]]:

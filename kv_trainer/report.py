@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .alignment.layers import LayerMap
+from .files import write_text
 from .losses import DistillationLoss
 from .types import KVShape
 
@@ -95,12 +96,9 @@ def save_layer_match(folder: Path, teacher: str, similarity: Tensor, layers: Lay
     """The similarity [Ls, Lt] of matched layers and the map: layers_<teacher>.json, and a heat map beside it."""
     from .heatmap import draw_heatmap  # matplotlib takes a while to import
 
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = list(layers.lower)
     text = json.dumps({"teacher": teacher, "layers": chosen, "cka": similarity.tolist()}, indent=1)
-    beside = folder / f".layers_{teacher}.json.tmp"
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(folder / f"layers_{teacher}.json")
+    write_text(folder / f"layers_{teacher}.json", text + "\n")
     draw_heatmap(
         similarity.tolist(), folder / f"layers_{teacher}.png", title=f"CKA with the layers of {teacher}",
         rows=[str(i) for i in range(similarity.shape[0])], columns=[str(i) for i in range(similarity.shape[1])],

@@ -1,4 +1,4 @@
-"""What a caller may give MultiTeacherKVTrainer, made into what it works with; and settings it must refuse."""
+"""What a caller may give MultiTeacherKVTrainer, made into what it works with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .adapters import check_method
 from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
 from .capture import count_parameters
 from .data import Reader
-from .losses import KVRelationLoss
 from .models import load_pretrained, load_student, load_tokenizer
 from .teachers import Teacher
 
@@ -105,28 +104,3 @@ def numbered_rows(dataset: Dataset | None) -> int:
     if len(set(numbers)) < len(numbers):
         raise ValueError("Two rows of train_dataset have the same number; concatenate rows before they are encoded.")
     return 1 + max(numbers, default=-1)
-
-
-def check_arguments(args: MultiTeacherKVConfig) -> None:
-    """Refuse, or warn about, settings that would be silently inert or wrong."""
-    relation = args.losses.get("kv_relation")
-    size = args.per_device_train_batch_size
-    if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:
-        logger.warning(
-            "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
-            "depends on how it is cut into micro-batches.", relation.samples, size,
-        )
-    if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
-        raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
-    options = args.gradient_checkpointing_kwargs
-    if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
-        raise ValueError(
-            "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
-        )
-    if args.torch_compile and args.gradient_checkpointing:
-        logger.warning(
-            "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
-            "values are taken: the results are right, but little is gained. Set one of them to false."
-        )
-    if args.label_smoothing_factor:
-        raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_text
+
 
 class RoutingLog:
     """Sums of the teachers' shares, kept on the device; read when something is logged.
@@ -77,9 +79,7 @@ class RoutingLog:
             )  # fmt: skip
 
     def _write(self, path: Path) -> None:
-        """The matrices as JSON, with the names of their axes; the file appears whole."""
+        """The matrices as JSON, with the names of their axes."""
         content = {"teachers": self.teachers, "tasks": self.tasks}
         content |= {name: matrix.tolist() for name, matrix in self.matrices().items()}
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps(content, indent=1) + "\n")

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .alignment.tokens import BOS, EOS, Span, overlaps
+from .alignment.tokens import ANSWER, BOS, EOS, NONE, PROMPT, REASONING, Span, overlaps
 from .arguments import DataConfig
 
 IGNORED = -100
-NONE, PROMPT, REASONING, ANSWER = -1, 0, 1, 2  # segments of a row; NONE is template text and added tokens
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
+from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
 from .evaluation import evaluate_model
+from .files import beside
 from .losses import CrossEntropy, LayerwiseLoss, LossInputs, needs_teacher
 from .report import save_layer_match
 from .resolve import (
     Loadable,
-    check_arguments,
     checkpoint_large_student,
     numbered_rows,
     place_teacher,
@@ -85,7 +86,7 @@ class MultiTeacherKVTrainer(Trainer):
             name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
         }
         checkpoint_large_student(args, student)
-        check_arguments(args)
+        check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
         if peft_config is not None:
             student = add_adapters(student, peft_config)
@@ -302,9 +303,8 @@ class MultiTeacherKVTrainer(Trainer):
         if trained_cache is not None:
             self.model.config.use_cache = trained_cache
         if self.teachers and self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / f"{BRIDGE_FILE}.tmp")
-            (folder / f"{BRIDGE_FILE}.tmp").replace(folder / BRIDGE_FILE)
+            with beside(Path(str(output_dir or self.args.output_dir)) / BRIDGE_FILE) as temporary:
+                save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, temporary)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

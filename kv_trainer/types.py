@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .alignment.rope import Turn
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class AttentionForm:
     """
 
     scaling: float
-    rotate: Callable[[Tensor], Tensor] | None = None
+    rotate: Turn | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None

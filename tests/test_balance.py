@@ -120,3 +120,19 @@ def test_a_swamping_term_is_warned_about(world: World, tmp_path: Path, caplog: p
 def test_impossible_shares_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientShare(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "watched", "message"),
+    [
+        ({**losses(), "cross_entropy": CrossEntropy(weight=0)}, 0, "losses.kv_relation.weight is a gradient_share"),
+        ({"kv_relation": KVRelationLoss(weight=GradientShare())}, 0, "losses.kv_relation.weight is a gradient_share"),
+        ({"cross_entropy": CrossEntropy(weight=GradientShare())}, 0, "losses.cross_entropy.weight is a gradient_share"),
+        ({"cross_entropy": CrossEntropy(weight=0), "kv": KVLoss()}, 5, "monitor.loss_scales_every measures"),
+    ],
+)
+def test_shares_need_a_cross_entropy_that_counts(
+    world: World, tmp_path: Path, chosen: dict[str, Any], watched: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        world.trainer(tmp_path, chosen, monitor=MonitorConfig(loss_scales_every=watched))

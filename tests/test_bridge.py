@@ -13,7 +13,7 @@ from kv_trainer.arguments import AlignmentConfig, ControlConfig, MultiTeacherKVC
 from kv_trainer.bridge import NAME, KVBridge, Supervision
 from kv_trainer.capture import capture_kv, kv_shape
 from kv_trainer.fusion import Confidence, Fixed, MinNorm
-from kv_trainer.losses import CrossEntropy, DistillationLoss, KVLoss, KVRelationLoss
+from kv_trainer.losses import CKALoss, CrossEntropy, DistillationLoss, KVLoss, KVRelationLoss
 from kv_trainer.types import KVShape, KVStates, TeacherSignal
 
 SAMPLES, LENGTH, THEIRS = 3, 7, 9
@@ -312,3 +312,10 @@ def test_projectors_follow_the_recipe(student) -> None:
         linear = [m for m in module.keys[0].width if isinstance(m, nn.Linear)]
         assert linear[0].weight.shape == (2 * shape.head_dim, shape.head_dim)
         assert [m.p for m in module.modules() if isinstance(m, nn.Dropout)] == [0.25] * 4
+
+
+def test_layers_that_are_not_there_are_refused_before_a_step() -> None:
+    shape = SHAPES["wide"]
+    args = MultiTeacherKVConfig(losses={"cross_entropy": CrossEntropy(), "cka": CKALoss(layers=[0, 9])})
+    with pytest.raises(ValueError, match=r"losses\.cka\.layers is \[0, 9\]; give 'middle', 'all'"):
+        KVBridge(shape, {"t": shape}, args)

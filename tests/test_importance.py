@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kv_trainer.alignment.rope import Turn
 from kv_trainer.capture import capture_kv
 from kv_trainer.importance import answer_queries, attention_mass, attention_rows, importance, position_weights
 from kv_trainer.types import AttentionForm, KVStates
@@ -240,7 +241,8 @@ def largest(length: int, heads: int = 2) -> int:
         return (torch.randn((1, count, length, 4), generator=generator),)
 
     cos, sin = (torch.ones(length, 4), torch.zeros(length, 4))
-    form = AttentionForm(0.5, lambda x: x * cos + x * sin, window=100, softcap=5.0, sinks=torch.zeros(2 * heads))
+    turn = Turn(lambda x, tables: x * tables[0][:, None] + x * tables[1][:, None], (cos[None], sin[None]))
+    form = AttentionForm(0.5, turn, window=100, softcap=5.0, sinks=torch.zeros(2 * heads))
     mask = torch.ones((1, length), dtype=torch.bool)
     states = KVStates(draw(heads), draw(heads), mask, (0,), 1, queries=draw(2 * heads), attention=(form,))
     labels = torch.where(torch.arange(length) >= length // 2, 1, -100)[None]

@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from kv_trainer.arguments import MultiTeacherKVConfig, ProjectorConfig
+from kv_trainer.checks import ignored
 from kv_trainer.fusion import FUSIONS, Similarity, Uniform
 from kv_trainer.losses import LOSSES, GradientShare
 from kv_trainer.recipes import NESTED, RecipeError, load_recipe, save_recipe
@@ -270,7 +271,6 @@ def test_a_deprecated_field_is_a_warning() -> None:
         ("data: {path: x, eval_split: null}", "data.eval_split", None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:projector has no effect")
 def test_coercions(section: str, field: str, expected: object) -> None:
     data = "" if section.startswith("data") else "data: {path: x}\n"
     value: object = load_recipe(write("student: {model: a}\n" + data + section)).args
@@ -495,11 +495,21 @@ def test_what_is_shorter_than_a_quick_run_stays_so() -> None:
             ["--control.shuffle", "rows", "--teachers=null", "--losses.kv_relation=null"],
             "control.shuffle has no effect",
         ),
+        (["--fusion.method", "uniform", "--teachers.code=null"], "fusion has no effect: there is one teacher"),
+        (
+            ["--alignment.layers.method", "nearest", "--teachers=null", "--losses.kv_relation=null"],
+            "alignment has no effect: there is no teacher",
+        ),
     ],
 )
-def test_settings_without_effect_warn(overrides: list[str], message: str) -> None:
-    with pytest.warns(UserWarning, match=message):
-        load_recipe(write(BASE), overrides)
+def test_settings_without_effect_are_told(overrides: list[str], message: str) -> None:
+    recipe = load_recipe(write(BASE), overrides)
+    assert message in " ".join(ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}))
+
+
+def test_a_recipe_without_idle_settings_is_told_nothing() -> None:
+    recipe = load_recipe(write(BASE))
+    assert ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}) == []
 
 
 @pytest.mark.parametrize(
@@ -517,7 +527,6 @@ def test_settings_without_effect_warn(overrides: list[str], message: str) -> Non
         "data: {path: x, prompt: \"{q}\\n: \", task: 'no'}\n",
     ],
 )
-@pytest.mark.filterwarnings("ignore:projector has no effect")
 def test_saved_recipe_reads_back_as_equal(text: str) -> None:
     recipe = load_recipe(write(text))
     save_recipe(recipe, "outputs/run/recipe.yaml")

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..types import KVStates, TeacherSignal
 from .layers import LayerMap
 from .time import place_selected, rkv_select, time_resample
-from .tokens import take
+from .tokens import REASONING, take
 
-REASONING = 1  # as in text.py
 RotatedPair = tuple[Tensor, Tensor]
 
 

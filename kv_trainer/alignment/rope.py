@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,31 @@ ROTATES: dict[str, Callable[[nn.Module], bool]] = {
     "ExaoneMoeAttention": lambda a: a.sliding_window is None or a.is_sliding,
     "FlintAttention": lambda a: a.sliding_window is not None,
 }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """RoPE of one layer at the positions of one forward pass: turn(x) for x [B, H, S, D].
+
+    rotation: how the family rotates; embeddings: its tables, [B, S, ...] or, alike in all samples, [1, S, ...].
+    """
+
+    rotation: Rotation
+    embeddings: Embeddings
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.rotation(x, self.embeddings)
+
+    def at(self, positions: Tensor) -> Turn:
+        """The same for x [B, H, Q, D] that holds some positions [B, Q] only."""
+
+        def pick(table: Tensor) -> Tensor:
+            index = positions[..., None].expand(-1, -1, table.shape[-1])
+            return table.expand(len(positions), -1, -1).gather(1, index)
+
+        tables = self.embeddings
+        picked = pick(tables) if isinstance(tables, Tensor) else (pick(tables[0]), pick(tables[1]))
+        return replace(self, embeddings=picked)
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .time import neighbours, time_resample
 # Where a token lies in the row's text: (segment, first character, end). Segments are numbered parts of the row
 # that both models read (0 prompt, 1 completion); None is text only one of them sees, such as template markup.
 Span = tuple[int, int, int] | None
+NONE, PROMPT, REASONING, ANSWER = -1, 0, 1, 2  # segments of a row by what they are for; NONE: added by a template
 BOS: Span = (-1, 0, 0)
 EOS: Span = (-2, 0, 0)
 

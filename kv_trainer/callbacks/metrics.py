@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from numbers import Real
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import write_text
 from .figures import (
     CROSS_ENTROPY,
     EPOCH_END,
@@ -78,14 +78,11 @@ class MetricsFile(TrainerCallback):
             return
         self.groups = group_names(model, optimizer) if model is not None and optimizer is not None else []
         self.path = Path(args.output_dir or ".") / METRICS_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         resumed = state.global_step > 0 and self.path.exists()
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step] if resumed else []
         self.epoch_rows = since_epoch_end(kept)
         self.start = time.monotonic() - (kept[-1].get("time") or 0.0 if kept else 0.0)
-        temporary = self.path.with_name(f".{METRICS_FILE}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_pre_optimizer_step(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..balance import LIMIT, REFERENCE
-from ..recipes import write_text
+from ..files import write_text
 from .measure import Measured, Term
 
 TARGET, LOWEST = 0.3, 0.01  # a term pulls this share of the cross-entropy's gradient; below LOWEST it does nothing

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..arguments import Recipe
-from ..recipes import write_text
+from ..files import write_text
 from ..run import build_trainer
 from ..trainer import MultiTeacherKVTrainer
 from .advice import COLLAPSED, INERT, LIMIT, Advice, advise, as_patch, is_inert, refuse_to_overwrite, write_copy

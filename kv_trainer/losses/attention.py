@@ -25,6 +25,7 @@ class AttentionKLLoss(DistillationLoss):
     max_queries: so many supervised positions of a sample, evenly spaced; nothing is ever of size T x T.
     Shapes: queries [B, Hq, T, D], keys [B, H, T, D] a layer, after RoPE, any heads and width on either side; labels,
     mask [B, T]. Returns a scalar in nats.
+    Plain causal softmax on both sides: a family's sliding window, soft cap or sinks are left out.
     Needs: student_attention, teacher_attention.
     Source: MiniLM, arXiv 2002.10957, eq. 3; the mean over heads is this package's.
     """

@@ -1,0 +1,56 @@
+"""Settings of a run that would be silently inert or wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
+from .fusion import Confidence, Fixed
+from .losses import KVRelationLoss
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> None:
+    """Refuse what would be silently wrong, warn about what would be inert. weights: each teacher's own, by name."""
+    for message in ignored(args, weights):
+        logger.warning(message)
+    relation = args.losses.get("kv_relation")
+    size = args.per_device_train_batch_size
+    if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:
+        logger.warning(
+            "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
+            "depends on how it is cut into micro-batches.", relation.samples, size,
+        )
+    if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
+        raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
+    options = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
+        )
+    if args.torch_compile and args.gradient_checkpointing:
+        logger.warning(
+            "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
+            "values are taken: the results are right, but little is gained. Set one of them to false."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")
+
+
+def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[str]:
+    """Settings that differ from their defaults and have no effect. weights: each teacher's own, by name."""
+    found = []
+    weighted = [name for name, weight in weights.items() if weight != 1.0]
+    if weighted and not isinstance(args.fusion, Fixed):
+        found.append(f"teachers.{weighted[0]}.weight has no effect: it needs fusion.method: fixed.")
+    if args.projector != ProjectorConfig() and not any("projectors" in loss.needs for loss in args.losses.values()):
+        found.append("projector has no effect: no loss of this recipe uses projectors.")
+    if args.fusion != Confidence() and len(weights) == 1:
+        found.append("fusion has no effect: there is one teacher.")
+    if not weights:
+        alone = {"fusion": args.fusion != Confidence(), "alignment": args.alignment != AlignmentConfig(),
+                 "control.shuffle": args.control.shuffle is not None}  # fmt: skip
+        found += [f"{name} has no effect: there is no teacher." for name, changed in alone.items() if changed]
+    return found

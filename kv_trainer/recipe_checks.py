@@ -1,0 +1,105 @@
+"""What no section of a recipe can see alone: each check says where in the file to look."""
+
+from __future__ import annotations
+
+import re
+
+from .arguments import Recipe, StudentConfig
+from .balance import check_reference
+from .callbacks import check_callbacks
+from .losses import LOSSES, needs_teacher
+from .recipe_tree import Node, RecipeError
+from .recipe_values import suggest
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def check_student(student: StudentConfig, tree: Node) -> None:
+    where = tree.at("student")
+    if student.model and student.config:
+        where = tree.at("student", "config")
+        raise RecipeError(f"student {where} has both 'model' and 'config'; give model (pretrained) or config (random).")
+    if not student.model and not student.config:
+        raise RecipeError(f"student {where} has neither 'model' nor 'config'; give one of them.")
+    if student.config and student.keep_layers is not None:
+        where = tree.at("student", "keep_layers")
+        raise RecipeError(f"student.keep_layers {where} needs 'model': with 'config', set the layers in the config.")
+    if student.config and not student.tokenizer:
+        raise RecipeError(f"student {where} has 'config' but no 'tokenizer'; give a hub name or a folder.")
+
+
+def check_peft(student: StudentConfig, tree: Node) -> None:
+    """The section as peft would take it, which needs no model. What it targets is known once there is one."""
+    if student.peft is not None:
+        from .adapters import peft_config
+
+        peft_config(tree.value["student"].value["peft"])
+
+
+def check_losses(recipe: Recipe, tree: Node) -> None:
+    """Losses that need a teacher, and teachers that need a loss."""
+    users = [name for name, loss in recipe.args.losses.items() if needs_teacher(loss.needs)]
+    if users and not recipe.teachers:
+        raise RecipeError(f"losses.{users[0]} {tree.at('losses', users[0])} needs a teacher; add one under teachers.")
+    if recipe.teachers and not users:
+        name = next(iter(recipe.teachers))
+        usable = ", ".join(loss for loss in LOSSES if needs_teacher(LOSSES[loss].requires))
+        where = tree.at("teachers", name)
+        raise RecipeError(f"teachers.{name} {where} would be ignored: no loss needs a teacher; add one of {usable}.")
+
+
+def check_balance(recipe: Recipe, tree: Node) -> None:
+    try:
+        check_reference(recipe.args.losses, recipe.args.monitor.loss_scales_every)
+    except ValueError as error:
+        where = tree.at("losses" if str(error).startswith("losses") else "monitor")
+        raise RecipeError(f"{where[0].upper()}{where[1:]}: {error}") from error
+
+
+def check_layers(recipe: Recipe, tree: Node) -> None:
+    """An explicit layer map names every teacher, and a map is there only for `explicit`."""
+    layers, where = recipe.args.alignment.layers, tree.at("alignment", "layers", "map")
+    if (layers.method == "explicit") != (layers.map is not None):
+        raise RecipeError(f"alignment.layers {where} needs both 'method: explicit' and 'map', or neither of them.")
+    if layers.map is not None and set(layers.map) != set(recipe.teachers):
+        names, teachers = ", ".join(layers.map), ", ".join(recipe.teachers)
+        raise RecipeError(f"alignment.layers.map {where} is for {names or 'nobody'}; the teachers are {teachers}.")
+
+
+def check_evaluation(recipe: Recipe, tree: Node) -> None:
+    args, where = recipe.args, tree.at("evaluation", "answer_pattern")
+    if args.eval_strategy != "no" and args.data.eval_split is None:
+        asked = tree.at("training", "eval_strategy")
+        raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
+    try:
+        groups = re.compile(args.evaluation.answer_pattern).groups
+    except re.error as error:
+        raise RecipeError(f"evaluation.answer_pattern {where} is no regular expression: {error}.") from error
+    if not groups:
+        raise RecipeError(f"evaluation.answer_pattern {where} has no group; put the answer in one: '#### (.+)'.")
+
+
+def check_around(recipe: Recipe, tree: Node) -> None:
+    """Early stopping and growing accumulation, which lean on fields of `training`."""
+    try:
+        check_callbacks(recipe.args)
+    except ValueError as error:
+        section = "early_stopping" if str(error).startswith("early_stopping") else "accumulation"
+        raise RecipeError(f"{section} {tree.at(section)}: {error}") from error
+
+
+def check(recipe: Recipe, tree: Node) -> None:
+    """What no section can see alone. RecipeError for the impossible; what has no effect is told by checks.ignored."""
+    check_student(recipe.student, tree)
+    check_peft(recipe.student, tree)
+    for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+        if model.dtype not in DTYPES:
+            hint, where = suggest(model.dtype, DTYPES), tree.at(*path.split("."), "dtype")
+            raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")
+    if not recipe.args.data.path:
+        raise RecipeError(f"data {tree.at('data')} has no 'path'; give a hub name, a folder or a file.")
+    check_losses(recipe, tree)
+    check_balance(recipe, tree)
+    check_layers(recipe, tree)
+    check_evaluation(recipe, tree)
+    check_around(recipe, tree)
