@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SAVING = ".saving-"
 
 
 @contextmanager
@@ -22,6 +25,32 @@ def beside(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder inside `target`; its files move into `target`, each at once, when the block ends without an error.
+
+    What a killed process left of such a folder is removed first.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    temporary = target / f"{SAVING}{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that only this run writes to."""
+    for left in folder.glob(f"{SAVING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

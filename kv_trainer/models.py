@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from .arguments import ModelConfig, StudentConfig, TeacherConfig
@@ -30,6 +33,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Inside the block models are loaded whole, on every rank, also in a ZeRO-3 run.
+
+    There `from_pretrained` would deal the weights of a teacher out to ranks that no engine of its own gathers again,
+    and shapes of the student would read (0,). The student's engine partitions it later.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    with nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False):
+        yield
 
 
 def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:

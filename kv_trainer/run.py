@@ -49,7 +49,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         write_text(folder / "recipe.yaml", asked)
     console = Console(quiet=not main)
     show_header(console, trainer)
-    fit = trainer.train(resume_from_checkpoint=True if resume else None)
+    checkpoint = trainer.find_checkpoint(True) if resume else None
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}")
+    fit = trainer.train(resume_from_checkpoint=checkpoint)
     last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
     results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
     if trainer.eval_dataset is not None:

@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import add_adapters, students_peft
 from .arguments import MultiTeacherKVConfig
-from .balance import gradient_norms, loss_scales
 from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
+from .checkpoints import CheckpointTrainer
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
 from .evaluation import evaluate_model
-from .files import beside
-from .losses import CrossEntropy, LayerwiseLoss, LossInputs, needs_teacher
+from .losses import CrossEntropy, LossInputs, needs_teacher
+from .manifest import describe_run
+from .models import whole_weights
+from .monitor import StepMonitor
 from .report import save_layer_match
 from .resolve import (
     Loadable,
@@ -38,10 +39,8 @@ from .resolve import (
 from .routing import RoutingLog
 from .teachers import TeacherPanel
 
-BRIDGE_FILE = "kv_bridge.safetensors"
 
-
-class MultiTeacherKVTrainer(Trainer):
+class MultiTeacherKVTrainer(CheckpointTrainer):
     """A Trainer whose student also learns from the keys and values of several teachers.
 
     model: a name, a folder, a StudentConfig or an instance.
@@ -80,11 +79,12 @@ class MultiTeacherKVTrainer(Trainer):
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         peft_config = students_peft(model, peft_config)
-        student, processing_class, chat = resolve_student(model, processing_class)
-        self.reader = reader = Reader(processing_class, chat)
-        self.teachers = {
-            name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
-        }
+        with whole_weights(args):
+            student, processing_class, chat = resolve_student(model, processing_class)
+            self.reader = reader = Reader(processing_class, chat)
+            self.teachers = {
+                name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
+            }
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
@@ -98,6 +98,7 @@ class MultiTeacherKVTrainer(Trainer):
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
             if self.bridge.teacher_needs().final:
                 self.bridge.heads[name] = teacher.vocabulary(processing_class)
+        self.manifest = describe_run(student, processing_class, self.teachers, args)
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
@@ -114,12 +115,8 @@ class MultiTeacherKVTrainer(Trainer):
         self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
         self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
         self._samples_in_step: Tensor | float = 1.0
-        self._measured_step = -1
-        self._observed: dict[str, float] = {}
-        self._terms: dict[str, Tensor] = {}
-        self._steps_since_log = 0
-        # Trainer switches it off in its own __init__, and would save it so.
-        self._use_cache = getattr(getattr(student, "config", None), "use_cache", None)
+        self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
+        self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         super().__init__(
             model=student,
             args=args,
@@ -149,7 +146,7 @@ class MultiTeacherKVTrainer(Trainer):
             samples = self.accelerator.gather(samples).sum()
         self._samples_in_step = samples
         if batches:  # accumulation that grows asks once more at the end of an epoch
-            self._steps_since_log += 1
+            self.monitor.count_step()
             self.metrics_file.count(samples, num_items)
         return batches, num_items
 
@@ -180,7 +177,7 @@ class MultiTeacherKVTrainer(Trainer):
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
             self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
-            self._measure(step, step / steps),
+            self.monitor.measure(self.model, self.accelerator, step, step / steps),
         )  # fmt: skip
         # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
         eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
@@ -188,46 +185,16 @@ class MultiTeacherKVTrainer(Trainer):
             outputs = model(**text, use_cache=False)
         watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
         self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states())
-        for name, term in self.bridge.terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + term
-        if self.bridge.weights is not None and len(self.teachers) > 1:
-            self.routing.add(self.bridge.weights, inputs.get("task"))
+        self.monitor.add(inputs.get("task"))
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _measure(self, step: int, progress: float) -> Callable[[Mapping[str, Tensor]], None] | None:
-        """In the first micro-batch of a step that asks for it: measures gradients, and lets weights follow them."""
-        every = self.args.monitor.loss_scales_every
-        watched = bool(every) and step % every == 0
-        if step == self._measured_step or not (watched or self.bridge.balance.due(step)):
-            return None
-        self._measured_step = step
-
-        def measure(terms: Mapping[str, Tensor]) -> None:
-            parameters = [p for n, p in self.model.named_parameters() if p.requires_grad and f"{NAME}." not in n]
-            norms = gradient_norms(terms, parameters, lambda x: self.accelerator.reduce(x, "mean"))
-            reference = self.bridge.losses.get("cross_entropy")
-            self.bridge.balance.follow(norms, reference.weight_at(progress) if reference else 1.0, step)
-            if watched:
-                self._observed |= loss_scales(self.bridge, norms, progress)
-
-        return measure
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
-        if "loss" in logs and self._terms:
-            progress = self.state.global_step / max(1, self.state.max_steps)
-            for name, term in self._terms.items():
-                logs[f"loss_{name}"] = float(self.accelerator.reduce(term, "sum")) / self._steps_since_log
-                if name in self.bridge.losses:
-                    logs[f"weight_{name}"] = self.bridge.weight_now(name, progress)
-            logs |= self.routing.logs(lambda x: self.accelerator.reduce(x, "sum"))
-            logs |= self._observed
-            starts = [x.attention_starts for x in self.bridge.losses.values() if isinstance(x, LayerwiseLoss)]
-            if any(starts):
-                logs["attn_warmup_left"] = max(0, max(starts) - self.state.global_step)
-            self._terms, self._steps_since_log, self._observed = {}, 0, {}
+        if "loss" in logs:
+            step = self.state.global_step
+            logs |= self.monitor.logs(self.accelerator, step, step / max(1, self.state.max_steps))
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -252,32 +219,31 @@ class MultiTeacherKVTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # ---- projectors: their learning rate, calibration, and file
+    # ---- projectors: their learning rate and calibration
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's groups, with the bridge's parameters in groups of their own learning rate."""
         optimizer = super().create_optimizer(model)
         ours = {id(p) for n, p in self.model.named_parameters() if f"{NAME}." in n}
-        for group in list(optimizer.param_groups):
-            moved = [p for p in group["params"] if id(p) in ours]
-            if moved and len(moved) == len(group["params"]):  # as under PEFT, whose adapters have no biases
-                group["lr"] = self.args.projector.learning_rate
-            elif moved:
-                group["params"] = [p for p in group["params"] if id(p) not in ours]
-                options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-                optimizer.add_param_group({**options, "params": moved, "lr": self.args.projector.learning_rate})
+        set_apart(optimizer, ours, self.args.projector.learning_rate)
         return optimizer
 
-    def train(self, *args: Any, **kwargs: Any):
-        """Trainer.train, after what calibration.py measures on the first training rows."""
-        self._measured_step = -1
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Trainer.train, after what calibration.py measures on the first training rows.
+
+        resume_from_checkpoint: a folder, or True for the newest whole checkpoint in output_dir. ValueError if there is
+        none, or if it is of another run.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self.monitor.restart()
         if self.taught:
             self.calibrate()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self._use_cache is not None:
-                self.model.config.use_cache = self._use_cache
+            if self.use_cache is not None:
+                self.model.config.use_cache = self.use_cache
 
     def calibrate(self) -> None:
         """See calibration.py; a map of matched layers is written to output_dir."""
@@ -291,37 +257,14 @@ class MultiTeacherKVTrainer(Trainer):
             for name, similarity in matched.items():
                 save_layer_match(Path(str(self.args.output_dir)), name, similarity, self.bridge.layer_maps[name])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The one funnel of all saves: the student plain, the bridge's tensors beside it."""
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        student = {k: v for k, v in state_dict.items() if f"{NAME}." not in k}
-        bridge = {k.split(f"{NAME}.", 1)[1]: v for k, v in state_dict.items() if f"{NAME}." in k}
-        trained_cache = getattr(self.model.config, "use_cache", None)
-        if self._use_cache is not None:
-            self.model.config.use_cache = self._use_cache
-        super()._save(output_dir, state_dict=student)
-        if trained_cache is not None:
-            self.model.config.use_cache = trained_cache
-        if self.teachers and self.args.should_save:
-            with beside(Path(str(output_dir or self.args.output_dir)) / BRIDGE_FILE) as temporary:
-                save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, temporary)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_bridge(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_bridge(str(self.state.best_model_checkpoint))
-
-    def _load_bridge(self, folder: str) -> None:
-        path = Path(folder) / BRIDGE_FILE
-        if not self.bridge.state_dict():
-            return
-        if not path.exists():
-            raise ValueError(f"{folder} has no {BRIDGE_FILE}, but this run has projectors: it is of another run.")
-        self.bridge.load_state_dict(load_file(path))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        load_result.missing_keys[:] = [k for k in load_result.missing_keys if f"{NAME}." not in k]
-        super()._issue_warnings_after_load(load_result)
+def set_apart(optimizer: torch.optim.Optimizer, parameters: set[int], learning_rate: float) -> None:
+    """Give the parameters with these ids a learning rate of their own; the other options of their group stay."""
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in parameters]
+        if moved and len(moved) == len(group["params"]):  # as under PEFT, whose adapters have no biases
+            group["lr"] = learning_rate
+        elif moved:
+            group["params"] = [p for p in group["params"] if id(p) not in parameters]
+            options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+            optimizer.add_param_group({**options, "params": moved, "lr": learning_rate})

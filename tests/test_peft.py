@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kv_trainer.adapters import load_trained, peft_config
 from kv_trainer.arguments import StudentConfig
+from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.cli import main
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
 from kv_trainer.models import load_student
 from kv_trainer.recipes import RecipeError, load_recipe, save_recipe
 from kv_trainer.run import build_trainer
-from kv_trainer.trainer import BRIDGE_FILE, MultiTeacherKVTrainer
+from kv_trainer.trainer import MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "v_proj"]}

@@ -17,11 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from kv_trainer.arguments import ControlConfig, ProjectorConfig, TeacherConfig
+from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.data import text_batch
 from kv_trainer.fusion import Confidence
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
 from kv_trainer.teachers import Teacher
-from kv_trainer.trainer import BRIDGE_FILE, MultiTeacherKVTrainer
+from kv_trainer.trainer import MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -189,7 +190,7 @@ def test_a_checkpoint_without_the_bridge_is_refused(start, tmp_path: Path) -> No
     whole.train()
     checkpoint = Path(whole.args.output_dir) / "checkpoint-1"
     (checkpoint / BRIDGE_FILE).unlink()
-    with pytest.raises(ValueError, match=f"checkpoint-1 has no {BRIDGE_FILE}"):
+    with pytest.raises(ValueError, match=f"checkpoint-1 is no whole checkpoint: {BRIDGE_FILE} is not there"):
         start("kv to teacher", **options).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -1,0 +1,97 @@
+"""Checkpoints: the student plain, the bridge's tensors beside it, and a manifest that makes the folder a whole one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .bridge import NAME, KVBridge
+from .files import folder_beside
+from .manifest import check_match, last_whole, seal, what_is_missing
+
+logger = logging.getLogger(__name__)
+BRIDGE_FILE = "kv_bridge.safetensors"
+
+
+class CheckpointTrainer(Trainer):
+    """A Trainer whose model has a KVBridge, and whose checkpoints are whole or not there.
+
+    All files of one save appear at once, each whole. A checkpoint is sealed by its manifest, after all ranks have
+    written, and before an older checkpoint is deleted.
+    """
+
+    bridge: KVBridge
+    manifest: dict[str, Any]
+    use_cache: bool | None = None  # as the student's config had it: Trainer switches it off, and would save it so
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The one funnel of all saves."""
+        if not self.args.should_save:
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        student = {k: v for k, v in state_dict.items() if f"{NAME}." not in k}
+        bridge = {k.split(f"{NAME}.", 1)[1]: v for k, v in state_dict.items() if f"{NAME}." in k}
+        trained_cache = getattr(self.model.config, "use_cache", None)
+        if self.use_cache is not None:
+            self.model.config.use_cache = self.use_cache
+        with folder_beside(Path(str(output_dir or self.args.output_dir))) as folder:
+            super()._save(str(folder), state_dict=student)
+            # A pickle of what recipe.yaml says, with a token and the name of this machine in it.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self.bridge.layer_maps:
+                save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / BRIDGE_FILE)
+        if trained_cache is not None:
+            self.model.config.use_cache = trained_cache
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every rank writes of a checkpoint; trainer_state.json follows."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(output_dir), self.manifest)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_bridge(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_bridge(str(self.state.best_model_checkpoint))
+
+    def _load_bridge(self, folder: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not self.bridge.state_dict():
+            return  # these load the whole model, bridge and all, from files of their own
+        path = Path(folder) / BRIDGE_FILE
+        if not path.exists():
+            raise ValueError(f"{folder} has no {BRIDGE_FILE}, but this run has projectors: it is of another run.")
+        self.bridge.load_state_dict(load_file(path))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        load_result.missing_keys[:] = [k for k in load_result.missing_keys if f"{NAME}." not in k]
+        super()._issue_warnings_after_load(load_result)
+
+    def find_checkpoint(self, asked: str | bool) -> str:
+        """The checkpoint to resume from: the folder `asked` for, or, for True, the newest whole one in output_dir.
+
+        ValueError if there is none, if it is not whole, or if it is of another run.
+        """
+        if asked is True:
+            output_dir = Path(str(self.args.output_dir))
+            folder, passed = last_whole(output_dir)
+            for name, why in passed.items():
+                logger.warning("%s is passed by: %s.", output_dir / name, why)
+            if folder is None:
+                raise ValueError(f"{output_dir} has no whole checkpoint to resume from; start without --resume.")
+        else:
+            folder = Path(str(asked))
+            missing = what_is_missing(folder)
+            if missing:
+                raise ValueError(f"{folder} is no whole checkpoint: {missing}.")
+        check_match(folder, self.manifest, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return str(folder)

@@ -1,0 +1,153 @@
+"""What a run is made of, kept in each of its checkpoints: another run is not resumed, and neither is half a folder.
+
+A manifest names the student, each teacher (model, revision, a hash of its weights and one of its tokenizer), how they
+are aligned and fused, and how a step is cut over ranks. It also lists all files with their sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .files import write_text
+from .fusion import method_of
+
+if TYPE_CHECKING:
+    from .arguments import MultiTeacherKVConfig
+    from .teachers import Teacher
+
+logger = logging.getLogger(__name__)
+MANIFEST_FILE = "kv_manifest.json"
+STATE_FILE = "trainer_state.json"
+SAMPLES = 1024
+FREE = ("losses", "seed", "step")  # what a resume may change, as long as it is told
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the name, shape and up to SAMPLES evenly spaced values of every parameter."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // SAMPLES)].cpu()
+        values = values.double() if values.is_floating_point() else values.long()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_name(model: Any) -> str:
+    """The hub name, or the last part of a folder: a path of this machine is nobody's business."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).exists() else name
+
+
+def describe_run(
+    student: Any, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Teacher], args: MultiTeacherKVConfig
+) -> dict[str, Any]:
+    """The manifest of a run, before it begins: plain values only."""
+    described = {
+        name: {
+            "model": model_name(t.model), "revision": getattr(t.model.config, "_commit_hash", None),
+            "weights": fingerprint(t.model), "tokenizer": tokenizer_hash(t.reader.tokenizer), "weight": t.weight,
+        }
+        for name, t in teachers.items()
+    }  # fmt: skip
+    return {
+        "student": {"architecture": type(student).__name__, "tokenizer": tokenizer_hash(tokenizer)},
+        "teachers": described,
+        "alignment": asdict(args.alignment),
+        "projector": asdict(args.projector),
+        "fusion": {"method": method_of(args.fusion), **asdict(args.fusion)},
+        "losses": {name: asdict(loss) for name, loss in args.losses.items()},
+        "seed": args.seed,
+        "step": {
+            "processes": args.world_size, "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        },
+    }  # fmt: skip
+
+
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Declare what lies in a checkpoint to be all of it."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {name: size for name, size in files.items() if name not in (MANIFEST_FILE, STATE_FILE)}
+    write_text(folder / MANIFEST_FILE, json.dumps({**manifest, "files": files}, indent=1) + "\n")
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, in a few words, or None."""
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        TrainerState.load_from_json(str(folder / STATE_FILE))
+    except FileNotFoundError as error:
+        return f"it has no {Path(str(error.filename)).name}"
+    except (ValueError, KeyError, TypeError):
+        return "one of its records was cut off"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is {'not there' if not path.is_file() else 'cut off'}"
+    return None
+
+
+def last_whole(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest whole checkpoint of a run, and those after it that are not: name -> why."""
+    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+    passed: dict[str, str] = {}
+    for folder in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        missing = what_is_missing(folder)
+        if missing is None:
+            return folder, passed
+        passed[folder.name] = missing
+    return None, passed
+
+
+def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool) -> None:
+    """ValueError, with the difference, if a checkpoint is of another run than `manifest`.
+
+    How a step is cut may change: that is told; sharded states (DeepSpeed, FSDP) are bound to their number of ranks.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(manifest))  # as JSON has it
+    found = {key: differences(saved.get(key), now[key], key) for key in now}
+    fixed = [line for key, lines in found.items() if key not in FREE for line in lines]
+    if fixed:
+        raise ValueError(f"{folder.name} is of another run: {'; '.join(fixed)}. Restore its settings, or start anew.")
+    free = [line for key in FREE for line in found[key]]
+    if sharded and any(line.startswith("step.processes") for line in free):
+        raise ValueError(f"{folder.name} is sharded over its processes: {'; '.join(found['step'])}. Resume on as many.")
+    if free:
+        logger.warning(
+            "%s: %s. Weights, optimizer and schedule go on; the rest of the run is not what it would have been.",
+            folder.name, "; ".join(free),
+        )  # fmt: skip
+
+
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """`path was X, is Y`, for every leaf that differs."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = [*saved, *(k for k in now if k not in saved)]
+        return [d for k in keys for d in differences(saved.get(k), now.get(k), f"{path}.{k}" if path else k)]
+    return [] if saved == now else [f"{path} was {shown(saved)}, is {shown(now)}"]
+
+
+def shown(value: Any) -> str:
+    return "not there" if value is None else json.dumps(value) if not isinstance(value, dict) else "another"
