@@ -17,3 +17,13 @@ train --training.output_dir "$out/two_teachers"
 python benchmarks/step_time.py
 python benchmarks/attention_weighting.py --device cuda
 python benchmarks/teachers_memory.py --device cuda
+# DeepSpeed: installed, or from ./wheels (pip wheel --wheel-dir wheels deepspeed==0.19.8, where there is a network).
+python -c 'import deepspeed' 2>/dev/null || pip install --quiet --no-index --find-links wheels deepspeed
+for stage in zero2 zero3; do
+  engine="accelerate launch --num_processes 1 --use_deepspeed --deepspeed_config_file deepspeed_configs/$stage.json"
+  $engine -m kv_trainer train recipes/quickstart/two_teachers.yaml --training.disable_tqdm true \
+    --training.output_dir "$out/quickstart_$stage"
+  PYTHONPATH=. $engine benchmarks/scale.py
+done
+PYTHONPATH=. python benchmarks/scale.py
+PYTHONPATH=. python benchmarks/scale.py --placement offloaded

@@ -64,6 +64,17 @@ class TeacherConfig(ModelConfig):
     quantization: Literal["8bit", "4bit"] | None = field(
         default=None, metadata={"help": "Quantise the weights while loading, with bitsandbytes; `dtype` computes."}
     )
+    placement: Literal["replicated", "sharded", "offloaded"] = field(
+        default="replicated", metadata={"help": "Whole on every rank, dealt out over the ranks, or in host memory."}
+    )
+    device_map: str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "As in from_pretrained: 'auto', 'cuda:1', or {module: device}."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("quantization", "device_map"):
+            if self.placement != "replicated" and getattr(self, name):
+                raise ValueError(f"{name} cannot be used beside placement: {self.placement}; leave one of them out")
 
 
 @dataclass

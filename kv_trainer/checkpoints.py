@@ -6,14 +6,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .bridge import NAME, KVBridge
 from .files import folder_beside
-from .manifest import check_match, last_whole, seal, what_is_missing
+from .manifest import MANIFEST_FILE, check_match, last_whole, seal, what_is_missing
 
 logger = logging.getLogger(__name__)
 BRIDGE_FILE = "kv_bridge.safetensors"
@@ -29,6 +32,15 @@ class CheckpointTrainer(Trainer):
     bridge: KVBridge
     manifest: dict[str, Any]
     use_cache: bool | None = None  # as the student's config had it: Trainer switches it off, and would save it so
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)  # one that is written over is not whole meanwhile
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has RuntimeErrors for a full disk
+            raise OSError(f"{folder} could not be written, earlier checkpoints are whole: {error}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The one funnel of all saves."""
@@ -95,3 +107,9 @@ class CheckpointTrainer(Trainer):
                 raise ValueError(f"{folder} is no whole checkpoint: {missing}.")
         check_match(folder, self.manifest, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
         return str(folder)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The ZeRO stage of a DeepSpeed run, else 0."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)

@@ -57,6 +57,15 @@ examples:
   kv-trainer diagnose recipes/quickstart/two_teachers.yaml --write recipes/quickstart/two_teachers_balanced.yaml
 """
 
+EXPORT = """MODEL is the output_dir of a run, or any causal LM. onnx: one float32 graph of any batch and length that
+generates with its cache, checked against torch; adapters are merged first. merged: adapters and their base as one
+plain checkpoint.
+
+examples:
+  kv-trainer export outputs/quickstart/two_teachers --format onnx --output exports/two_teachers
+  kv-trainer export outputs/my_adapters --format merged --output exports/my_student
+"""
+
 METHODS = """examples:
   kv-trainer methods fusion
   kv-trainer methods losses.kv_relation
@@ -106,6 +115,19 @@ def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
     from .experiments.diagnose import diagnose as run_diagnose
 
     run_diagnose(recipe, options.samples, options.write)
+    return 0
+
+
+def export(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Every file written, a line each, and how far its logits are off; no recipe is read."""
+    if overrides:
+        raise ValueError(f"export takes no settings, but got {' '.join(overrides)}.")
+    from .export import export as run_export
+
+    exported = run_export(options.model, options.format, options.output)
+    for path in exported.files:
+        print(path)
+    print(f"largest difference of a logit: {exported.difference:.2g}")
     return 0
 
 
@@ -217,6 +239,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     sub.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on (default 64)")
     sub.add_argument("--write", metavar="COPY.yaml", help="a new recipe: RECIPE with the suggested settings")
+    sub = command(export, "Write a trained student in a form that serves it.", EXPORT)
+    sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
+    sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")
+    sub.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
     sub = command(methods, "List every method a recipe can switch on, what it needs, and its source.", METHODS)
     sub.add_argument("section", nargs="?", default="", metavar="SECTION", help="only those whose section begins so")
     return parser
@@ -251,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.function(options, overrides)
-    except (ValueError, OSError) as error:
-        if options.traceback:
+    except (ValueError, OSError, RuntimeError) as error:
+        # torch tells of a killed loader worker by a RuntimeError; any other of them is our own mistake.
+        if options.traceback or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         complain(error)
         return 2

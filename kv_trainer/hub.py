@@ -11,14 +11,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import ModelConfig, Recipe
+from .facts import RunFacts
 from .files import beside
 from .fusion import method_of
-from .report import format_count, result_rows
+from .report import format_count, format_duration, result_rows
 from .types import KVShape
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
-# Figures of the machine, not of the model: they are left out of the card.
+# Figures of the machine, not of the model: they have a section of their own.
 MACHINE = ("train_runtime", "train_steps_per_second", "peak_memory_mb")
 
 
@@ -27,35 +28,42 @@ def write_model_card(
     recipe: Recipe,
     results: dict[str, float],
     shapes: dict[str, KVShape],
+    facts: RunFacts | None = None,
 ) -> Path:
     """Write `output_dir`/README.md, a hub model card, and return its path.
 
     results: as for `report.print_results`. shapes: by teacher name, and under 'student'. Local folders appear by
     their last component alone, so that the card gives away no path or user name.
     """
+    facts = facts or RunFacts()
     target = Path(output_dir) / "README.md"
-    name = Path(recipe.args.hub_model_id or Path(output_dir).resolve()).name
-    front = ModelCardData(
-        library_name="peft" if recipe.student.peft else "transformers",
-        pipeline_tag="text-generation",
-        base_model=_hub_name(recipe.student.model, recipe),
-        base_model_relation="adapter" if recipe.student.peft else None,
-        datasets=_hub_name(recipe.args.data.path, recipe),
-        tags=["kv-distillation", "knowledge-distillation"],
-        model_name=name,
-        eval_results=_eval_results(recipe, results) or None,
-    )
+    name = facts.name or Path(recipe.args.hub_model_id or Path(output_dir).resolve()).name
+    front: dict[str, Any] = {
+        "library_name": "peft" if recipe.student.peft else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": _hub_name(recipe.student.model, recipe),
+        "base_model_relation": "adapter" if recipe.student.peft else None,
+        "datasets": _hub_name(recipe.args.data.path, recipe),
+        "tags": ["kv-distillation", "knowledge-distillation"],
+        "model_name": name,
+        "eval_results": _eval_results(recipe, results) or None,
+        **facts.license,
+        **facts.front,
+    }
     sections = (
         f"# {name}",
-        _introduction(recipe),
-        "## Method\n\n" + _method(recipe, shapes),
+        *([f"**Training in progress**: {facts.progress}."] if facts.progress else ()),
+        _introduction(recipe, facts),
+        "## Method\n\n" + _method(recipe, shapes, facts),
         "## Data\n\n" + _data(recipe),
         "## Results\n\n" + _results(results),
-        "## Use\n\n" + _use(recipe, recipe.args.hub_model_id or name),
-        "## Reproduce\n\n" + _reproduction(recipe),
+        "## Hardware and time\n\n" + _machine(results, facts),
+        "## Use\n\n" + _use(recipe, facts.repo or recipe.args.hub_model_id or name),
+        "## Reproduce\n\n" + _reproduction(recipe, facts),
+        "## Licence\n\n" + _licence(front.get("license"), bool(facts.front.get("license")), recipe),
         "## Citations\n\n" + _citations(recipe),
     )
-    card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card = ModelCard(f"---\n{ModelCardData(**front).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     with beside(target) as temporary:
         card.save(temporary)
     return target
@@ -75,17 +83,21 @@ def _shown(name: str | None, recipe: Recipe) -> str:
     return hub_name or re.split(r"[/\\]", (name or "").rstrip("/\\"))[-1]
 
 
-def _model(config: ModelConfig, recipe: Recipe) -> str:
-    revision = f" at `{config.revision}`" if config.revision else ""
-    return f"`{_shown(config.model, recipe)}`{revision}"
+def _model(config: ModelConfig, recipe: Recipe, commit: str | None = None) -> str:
+    """A model by its name and, where known, the very commit that was loaded."""
+    revision = commit or config.revision
+    at = f" at `{revision}`" if revision else ""
+    return f"`{_shown(config.model, recipe)}`{at}" if config.model else UNNAMED
 
 
-def _introduction(recipe: Recipe) -> str:
-    student = recipe.student
+def _introduction(recipe: Recipe, facts: RunFacts) -> str:
+    student, commit = recipe.student, facts.revisions.get("student")
     if student.keep_layers is not None:
-        origin = f"{_model(student, recipe)}, cut down to its layers {', '.join(map(str, student.keep_layers))}"
+        origin = f"{_model(student, recipe, commit)}, cut down to its layers {', '.join(map(str, student.keep_layers))}"
     elif student.model:
-        origin = _model(student, recipe)
+        origin = _model(student, recipe, commit)
+    elif not student.config:
+        origin = UNNAMED
     else:
         origin = f"random weights in the shape of `{_shown(student.config, recipe)}`"
     count = len(recipe.teachers)
@@ -103,11 +115,13 @@ def _adapters(peft: dict[str, Any] | None) -> str:
     return f" Its own weights stayed as they were: trained were `{peft['type']}` adapters{settings}."
 
 
-def _method(recipe: Recipe, shapes: dict[str, KVShape]) -> str:
+def _method(recipe: Recipe, shapes: dict[str, KVShape], facts: RunFacts) -> str:
     rows = [["", "model", "family", "layers", "KV heads", "head width", "RoPE base", "vocabulary", "parameters"]]
-    student = recipe.student
-    start = _model(student, recipe) if student.model else f"`{_shown(student.config, recipe)}` (config)"
-    for name, model in {"student": start, **{n: _model(t, recipe) for n, t in recipe.teachers.items()}}.items():
+    student, commits = recipe.student, facts.revisions
+    start = f"`{_shown(student.config, recipe)}` (config)" if student.config else None
+    start = start or _model(student, recipe, commits.get("student"))
+    teachers = {name: _model(teacher, recipe, commits.get(name)) for name, teacher in recipe.teachers.items()}
+    for name, model in {"student": start, **teachers}.items():
         rows.append([name, model, *_shape_cells(shapes.get(name))])
     losses = [["loss", "weight", "schedule"]]
     losses += [[f"`{name}`", loss.described_weight, loss.schedule] for name, loss in recipe.args.losses.items()]
@@ -135,6 +149,8 @@ def _shape_cells(shape: KVShape | None) -> list[str]:
 
 def _data(recipe: Recipe) -> str:
     data = recipe.args.data
+    if not data.path:
+        return "Rows that were made in Python, and not by a recipe."
     part = f" ({data.name})" if data.name else ""
     evaluation = f", evaluated on `{data.eval_split}`" if data.eval_split else ""
     return (
@@ -167,13 +183,31 @@ def _eval_results(recipe: Recipe, results: dict[str, float]) -> list[EvalResult]
     ]
 
 
-def _reproduction(recipe: Recipe) -> str:
+def _machine(results: dict[str, float], facts: RunFacts) -> str:
+    seconds = facts.seconds if facts.seconds is not None else results.get("train_runtime")
+    memory = dict(result_rows({k: v for k, v in results.items() if k == "peak_memory_mb"})).get("peak memory")
+    known = [facts.hardware or None, f"trained for {format_duration(seconds)}" if seconds is not None else None]
+    known += [f"peak memory {memory}" if memory else None]
+    return "; ".join(part for part in known if part) + "." if any(known) else "Not recorded."
+
+
+def _licence(name: str | None, chosen: bool, recipe: Recipe) -> str:
+    """What is known and no more."""
+    if not name:
+        return "Not known: the base model does not say. Ask those whose models and data this one was made of."
+    whose = "" if chosen else f", as its base model `{_shown(recipe.student.model, recipe)}`"
+    return f"`{name}`{whose}. The terms of the teachers and of the data come on top."
+
+
+def _reproduction(recipe: Recipe, facts: RunFacts) -> str:
     args = recipe.args
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    state = RESUME.format(folder=facts.state_folder) if facts.state_folder else ""
     return (
         "```bash\nkv-trainer train recipe.yaml\n```\n\n"
-        f"{length}, {batch} rows a step and device, learning rate {args.learning_rate:g}, seed {args.seed}."
+        f"{length}, {batch} rows a step and device, learning rate {args.learning_rate:g}, seed {args.seed}. "
+        f"Local folders and files that the recipe names are not here; put them beside it, or give others.{state}"
     )
 
 
@@ -195,6 +229,11 @@ def _use(recipe: Recipe, name: str) -> str:
     return template.format(name=name, base=f'"{_shown(student.model, recipe)}"{revision}')
 
 
+UNNAMED = "a model made in Python"
+RESUME = (
+    "\n\nThe training state is in `{folder}`: put it into output_dir as `checkpoint-<step>` and add `--resume` to go "
+    "on from there."
+)
 USE = """The student is an ordinary checkpoint; `kv_trainer` is not needed to run it.
 
 ```python

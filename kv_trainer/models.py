@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -57,7 +58,12 @@ def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> 
     if isinstance(config, TeacherConfig) and config.quantization:
         options["quantization_config"] = quantization(config.quantization, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
-    return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **options)
+    if isinstance(config, TeacherConfig) and config.device_map:
+        options["device_map"] = config.device_map
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {config.model} cannot be read ({error}); fetch them again.") from error
 
 
 def quantization(bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
@@ -100,11 +106,7 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     wrong = [i for i in kept if not 0 <= i < total]
     if wrong or not kept or len(set(kept)) < len(kept):
         raise ValueError(f"student.keep_layers is {kept}; give different layers from 0 to {total - 1}.")
-    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
-    lists = [(m, name) for m, name, child in children if isinstance(child, nn.ModuleList) and len(child) == total]
-    if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; keep_layers needs one.")
-    parent, name = lists[0]
+    parent, name = layer_list(model)
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
     for new, layer in enumerate(getattr(parent, name)):
@@ -115,6 +117,16 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     for key in PER_LAYER:
         if getattr(config, key, None):
             setattr(config, key, [getattr(config, key)[i] for i in kept])
+
+
+def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The module, and the name of its attribute, that holds all layers of a decoder."""
+    total = model.config.get_text_config().num_hidden_layers
+    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
+    lists = [(m, name) for m, name, child in children if isinstance(child, nn.ModuleList) and len(child) == total]
+    if len(lists) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers, where one is needed.")
+    return lists[0]
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -26,6 +26,11 @@ class StepMonitor:
         self.scales_every = scales_every
         self.restart()
 
+    @property
+    def measures(self) -> bool:
+        """Whether any step of the run measures gradients."""
+        return bool(self.scales_every or self.bridge.balance.shared)
+
     def restart(self) -> None:
         """Before a run, or once its sums are logged."""
         self._measured_step = -1

@@ -139,12 +139,12 @@ def result_rows(results: dict[str, float]) -> list[tuple[str, str]]:
         **{name: (f"last {name.removeprefix('loss_')} loss", "{:.4g}".format) for name in terms},
         "train_steps_per_second": ("steps per second", "{:.3g}".format),
         "peak_memory_mb": ("peak memory", lambda mb: f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.0f} MiB"),
-        "train_runtime": ("training time", _duration),
+        "train_runtime": ("training time", format_duration),
     }
     return [(label, show(results[name])) for name, (label, show) in known.items() if name in results]
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -52,7 +52,8 @@ def resolve_teacher(
     if isinstance(given, str):
         given = TeacherConfig(model=given)
     if isinstance(given, TeacherConfig):
-        return Teacher(load_pretrained(given, device), Reader(load_tokenizer(given), given.chat), given.weight)
+        reader = Reader(load_tokenizer(given), given.chat)
+        return Teacher(load_pretrained(given, device), reader, given.weight, given.placement)
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
@@ -63,17 +64,6 @@ def resolve_teacher(
             "(model, tokenizer)."
         )
     return Teacher(model, Reader(tokenizer))
-
-
-def place_teacher(name: str, model: Any, device: torch.device) -> None:
-    """Move a teacher to the student's device; one that bitsandbytes quantised stays where it was quantised."""
-    if getattr(model, "quantization_method", None) != "bitsandbytes":
-        model.to(device)
-    elif (model.device.type, model.device.index or 0) != (device.type, device.index or 0):
-        raise ValueError(
-            f"Teacher '{name}' was quantised on {model.device}, but the student trains on {device}; give a "
-            f"TeacherConfig with quantization, or load it with device_map={{'': '{device}'}}."
-        )
 
 
 def checkpoint_large_student(args: MultiTeacherKVConfig, student: PreTrainedModel) -> None:

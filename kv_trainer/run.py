@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import transformers
 from rich.console import Console
 
-from . import hub, report
+from . import report
 from .adapters import load_trained
 from .arguments import Recipe
 from .callbacks import peak_memory_mb
-from .capture import kv_shape
-from .curve import draw_curve
 from .data import EVALUATED, Reader, aligned_share, encode_rows, load_split
 from .evaluation import evaluate_model
 from .files import write_text
 from .models import load_tokenizer, same_tokenizer
 from .recipes import dump_recipe
 from .trainer import MultiTeacherKVTrainer
-from .types import KVShape
 
 
 def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
@@ -43,6 +39,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     transformers.logging.set_verbosity_warning()
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     trainer = build_trainer(recipe)
+    trainer.recipe, trainer.recipe_text = recipe, asked
     args, folder = recipe.args, Path(str(recipe.args.output_dir))
     main = trainer.is_world_process_zero()
     if main:
@@ -57,28 +54,21 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
     if trainer.eval_dataset is not None:
         results.update(trainer.evaluate())
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow
     trainer.save_state()
     if main:
         write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
         trainer.routing.save(folder)
-        curve = draw_curve(folder / "metrics.jsonl", folder / "curve.png", title=folder.name)
-        shapes = {"student": student_shape(trainer), **{n: t.shape for n, t in trainer.teachers.items()}}
-        hub.write_model_card(folder, recipe, results, shapes)
+        curve = trainer.draw_curve(folder)
+        trainer.create_model_card()
         report.print_results(console, results, curve, folder)
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
 
 
-def student_shape(trainer: MultiTeacherKVTrainer) -> KVShape:
-    """The student's shape, without the bridge that is attached to it."""
-    shape = kv_shape(trainer.model)
-    return replace(shape, num_parameters=shape.num_parameters - sum(p.numel() for p in trainer.bridge.parameters()))
-
-
 def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
-    student = student_shape(trainer)
+    student = trainer.student_shape
     shapes = {name: teacher.shape for name, teacher in trainer.teachers.items()}
     same = {n: same_tokenizer(trainer.processing_class, t.reader.tokenizer) for n, t in trainer.teachers.items()}
     projector = sum(p.numel() for p in trainer.bridge.parameters())

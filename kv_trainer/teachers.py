@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .alignment.mapping import AlignedTeacher
@@ -18,6 +18,7 @@ from .capture import KVCapture, StopForward, kv_shape
 from .data import IGNORED, Reader
 from .fusion import Fusion, FusionInputs, teacher_shares
 from .importance import attention_mass, importance
+from .placement import place, resident
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head, output_head, shared_tokens
 
@@ -44,16 +45,32 @@ class TeacherNeeds:
 
 
 class Teacher:
-    """A frozen model, how it reads rows, and the layers that are taken from it."""
+    """A frozen model, how it reads rows, where its weights lie, and the layers that are taken from it.
 
-    def __init__(self, model: PreTrainedModel, reader: Reader, weight: float = 1.0) -> None:
+    What it says lies on the student's device, wherever the weights are.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, reader: Reader, weight: float = 1.0, placement: str = "replicated"
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
         self.weight = weight
         self.shape: KVShape = kv_shape(model)
         self.needs = TeacherNeeds()
         self.head: Head | None = None
+        self.placement = placement
+        self.device: torch.device | None = None
         self._capture: KVCapture | None = None
+
+    def place(self, name: str, device: torch.device) -> None:
+        """Put the weights where `placement` says, for a student on `device`. name: for messages."""
+        self.placement, self.device = place(name, self.model, self.placement, device), device
+
+    def present(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block this part of the model is where it computes."""
+        offloaded = self.placement == "offloaded" and self.device is not None
+        return resident(part, self.device) if offloaded else nullcontext()
 
     def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
         """layers: those to capture. Without scores and final states the forward stops at the deepest of them."""
@@ -62,7 +79,15 @@ class Teacher:
         self._capture = KVCapture(self.model, layers, needs.queries or needs.importance or needs.mass, needs.hidden)
         self.needs = needs
         if (needs.scores or needs.final) and self.head is None:
-            self.head = output_head(self.model)
+            with self.present(self.model):
+                head = output_head(self.model)
+            weights = self.model.get_output_embeddings()
+
+            def made_here(hidden: Tensor) -> Tensor:
+                with self.present(weights):
+                    return head(hidden.to(next(weights.parameters()).device)).to(hidden.device)
+
+            self.head = made_here
 
     def vocabulary(self, students: PreTrainedTokenizerBase) -> tuple[Head, Tensor | None, Tensor | None]:
         """The head, and the ids of the tokens shared with the student's tokenizer (None, None: all of them)."""
@@ -75,7 +100,7 @@ class Teacher:
                 f"The vocabularies of the student and {self.reader.tokenizer.name_or_path} share no token, so logits "
                 "cannot be compared; leave out losses.logit_kd."
             )
-        ours, theirs = (torch.tensor(ids, device=self.model.device) for ids in shared)
+        ours, theirs = (torch.tensor(ids, device=self.device or self.model.device) for ids in shared)
         return self.head, ours, theirs
 
     def signal(
@@ -109,13 +134,17 @@ class Teacher:
     def _run(self, text: Mapping[str, Tensor], whole: bool) -> tuple[KVStates, Tensor | None]:
         """Captured states and, of a whole forward, the last hidden states [B, S, C]."""
         assert self._capture is not None, "prepare comes first"
-        self._capture.stop_early = not whole
-        self._capture.start()
-        last = None
-        with suppress(StopForward):
-            inputs = {k: text[k] for k in ("input_ids", "attention_mask")}
-            last = self.model.base_model(**inputs, use_cache=False)[0]
-        return self._capture.stop(text["attention_mask"]), last
+        # Layers that are dealt out are gathered by all ranks together: none may stop where another goes on.
+        self._capture.stop_early = not whole and self.placement != "sharded"
+        mask, last = text["attention_mask"], None
+        with self.present(self.model):
+            entry = self.model.get_input_embeddings().weight.device
+            inputs = {k: text[k].to(entry) for k in ("input_ids", "attention_mask")}
+            self._capture.start()
+            with suppress(StopForward):
+                last = self.model.base_model(**inputs, use_cache=False)[0]
+            states = self._capture.stop(mask)
+        return states.to(mask.device), None if last is None or not whole else last.to(mask.device)
 
     @torch.no_grad()
     def _scores(self, last: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:

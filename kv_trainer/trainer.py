@@ -19,20 +19,21 @@ from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
-from .checkpoints import CheckpointTrainer
+from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
 from .evaluation import evaluate_model
+from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
 from .models import whole_weights
 from .monitor import StepMonitor
+from .publish import HubTrainer
 from .report import save_layer_match
 from .resolve import (
     Loadable,
     checkpoint_large_student,
     numbered_rows,
-    place_teacher,
     resolve_student,
     resolve_teacher,
 )
@@ -40,7 +41,7 @@ from .routing import RoutingLog
 from .teachers import TeacherPanel
 
 
-class MultiTeacherKVTrainer(CheckpointTrainer):
+class MultiTeacherKVTrainer(HubTrainer):
     """A Trainer whose student also learns from the keys and values of several teachers.
 
     model: a name, a folder, a StudentConfig or an instance.
@@ -75,6 +76,7 @@ class MultiTeacherKVTrainer(CheckpointTrainer):
     ) -> None:
         args = args or MultiTeacherKVConfig()
         set_seed(args.seed)  # before random students and projectors are drawn; Trainer does it again, too late
+        self.recipe = recipe_of(model, teachers or {}, args, peft_config)
         args.remove_unused_columns = False
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
@@ -85,6 +87,7 @@ class MultiTeacherKVTrainer(CheckpointTrainer):
             self.teachers = {
                 name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
             }
+        self.manifest = describe_run(student, processing_class, self.teachers, args)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
@@ -94,11 +97,10 @@ class MultiTeacherKVTrainer(CheckpointTrainer):
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
         for name, teacher in self.teachers.items():
-            place_teacher(name, teacher.model, args.device)
+            teacher.place(name, args.device)
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
             if self.bridge.teacher_needs().final:
                 self.bridge.heads[name] = teacher.vocabulary(processing_class)
-        self.manifest = describe_run(student, processing_class, self.teachers, args)
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
@@ -127,6 +129,11 @@ class MultiTeacherKVTrainer(CheckpointTrainer):
             callbacks=[*ours, *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.monitor.measures and (self.is_fsdp_enabled or zero_stage(self.accelerator) == 3):
+            raise ValueError(
+                "gradient_share and monitor.loss_scales_every measure gradients of whole parameters, which ZeRO-3 and "
+                "FSDP deal out; give losses a number (kv-trainer diagnose --write finds one), or use ZeRO-2 or DDP."
+            )
         # Our losses are sums over the micro-batch divided by counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         # The tokens are counted for our losses, whether or not the student's own forward would take the count.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class AttentionForm:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def to(self, device: torch.device) -> AttentionForm:
+        return replace(
+            self, rotate=None if self.rotate is None else self.rotate.to(device),
+            sinks=None if self.sinks is None else self.sinks.to(device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,20 @@ class KVStates:
             keys=tuple(function(k) for k in self.keys),
             values=tuple(function(v) for v in self.values),
             mask=self.mask if mask is None else mask,
+        )
+
+
+    def to(self, device: torch.device) -> KVStates:
+        """The same states on one device."""
+        if all(x.device == device for x in (*self.keys, *(self.hidden or ()))):
+            return self
+
+        def moved(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if tensors is None else tuple(x.to(device) for x in tensors)
+
+        forms = None if self.attention is None else tuple(form.to(device) for form in self.attention)
+        return replace(
+            self.map(lambda x: x.to(device)), queries=moved(self.queries), attention=forms, hidden=moved(self.hidden)
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES
+from helpers_models import FAMILIES
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -138,7 +138,7 @@ def count_work(trainer: MultiTeacherKVTrainer, monkeypatch: pytest.MonkeyPatch) 
     mapping = "kv_trainer.alignment.mapping"
     for target in ("kv_trainer.bridge.importance", "kv_trainer.teachers.importance",
                    "kv_trainer.teachers.attention_mass", f"{mapping}.rotated_pairs", f"{mapping}.mapped_hidden",
-                   "kv_trainer.trainer.gradient_norms"):  # fmt: skip
+                   "kv_trainer.monitor.gradient_norms"):  # fmt: skip
         module, function = target.rsplit(".", 1)
         owner = __import__(module, fromlist=[function])
         original = getattr(owner, function)

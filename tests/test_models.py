@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
+from helpers_models import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -20,8 +20,9 @@ from kv_trainer.capture import capture_kv, kv_shape
 from kv_trainer.fusion import Router
 from kv_trainer.losses import LOSSES, CrossEntropy, DistillationLoss, GradientShare, KVRelationLoss
 from kv_trainer.models import load_pretrained
+from kv_trainer.placement import place
 from kv_trainer.recipes import load_recipe, save_recipe
-from kv_trainer.resolve import place_teacher, wants_checkpointing
+from kv_trainer.resolve import wants_checkpointing
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -133,9 +134,9 @@ def test_quantised_teacher_is_not_moved_but_must_be_where_the_student_is(tiny_mo
     model = tiny_model("llama")
     model.quantization_method = "bitsandbytes"
     model.to = lambda *a, **k: pytest.fail("it was moved")
-    place_teacher("t", model, torch.device("cpu"))
+    place("t", model, "replicated", torch.device("cpu"))
     with pytest.raises(ValueError, match="Teacher 't' was quantised on cpu, but the student trains on cuda:1"):
-        place_teacher("t", model, torch.device("cuda", 1))
+        place("t", model, "replicated", torch.device("cuda", 1))
 
 
 # ---- gradient checkpointing

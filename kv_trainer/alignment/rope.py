@@ -37,6 +37,11 @@ class Turn:
     def __call__(self, x: Tensor) -> Tensor:
         return self.rotation(x, self.embeddings)
 
+    def to(self, device: torch.device) -> Turn:
+        tables = self.embeddings
+        moved = tables.to(device) if isinstance(tables, Tensor) else (tables[0].to(device), tables[1].to(device))
+        return replace(self, embeddings=moved)
+
     def at(self, positions: Tensor) -> Turn:
         """The same for x [B, H, Q, D] that holds some positions [B, Q] only."""
 

@@ -66,7 +66,7 @@ class GrowingAccumulation(TrainerCallback):
         ValueError for data without a length, a resumed run that would not skip what it has seen, and DeepSpeed, which
         fixes the setting when it starts.
         """
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError("accumulation does not work with DeepSpeed; set training.gradient_accumulation_steps.")
         if args.ignore_data_skip:
             raise ValueError(

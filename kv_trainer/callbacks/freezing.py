@@ -42,7 +42,7 @@ class Freezing(TrainerCallback):
     ) -> None:
         """Sort the parameters. ValueError where there is nothing to freeze, or the gradients are not ours."""
         self._release()
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError("freeze does not work with DeepSpeed, which keeps the gradients; use DDP or FSDP.")
         student = extract_model_from_parallel(model)
         trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}

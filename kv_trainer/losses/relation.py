@@ -12,6 +12,7 @@ from torch import Tensor
 from ..fusion import Fusion
 from ..types import KVStates
 from .base import LayerwiseLoss, LossInputs, heard, stacked
+from .gather import gather_inputs, ranks
 
 
 def directions(x: Tensor, length: Tensor) -> Tensor:
@@ -56,6 +57,7 @@ class KVRelationLoss(LayerwiseLoss):
     sample cannot show, such as how the numbers lie to each other. A step is independent of gradient accumulation as
     long as `samples` divides the micro-batch; a last, incomplete group is a smaller one.
     max_positions: at most so many positions of a group, evenly spaced.
+    gather: groups are made of the samples of all ranks, in their order; without it each rank relates its own.
     Shapes: keys, values [B, H, T, D] a layer, any H and D on either side; mask [B, T]. Returns a scalar.
     Needs: student_kv, teacher_kv.
     Source: relations of MiniLMv2, arXiv 2012.15828, eq. 4-5, and RKD, arXiv 1904.05068, on pre-RoPE K and V.
@@ -64,6 +66,7 @@ class KVRelationLoss(LayerwiseLoss):
     parts: Literal["keys", "values", "both"] = "both"
     samples: int = 1
     max_positions: int = 512
+    gather: bool = False
 
     requires: ClassVar[frozenset[str]] = frozenset({"student_kv", "teacher_kv"})
     source: ClassVar[str] = "MiniLMv2, arXiv 2012.15828"
@@ -74,8 +77,15 @@ class KVRelationLoss(LayerwiseLoss):
             raise ValueError(f"max_positions is {self.max_positions}; a relation needs at least 2 positions.")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; a group needs at least 1 sample.")
+        if self.gather and self.samples < 2:
+            raise ValueError("gather would be ignored with samples: 1, where no sample meets another; leave it out.")
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        if self.gather and ranks() > 1:
+            return self._of(gather_inputs(inputs)) / ranks()
+        return self._of(inputs)
+
+    def _of(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
         layers = len(inputs.student.layers)
         by_layer = inputs.weights.dim() == 3

@@ -1,0 +1,311 @@
+"""Trainer's pushes to the Hub, of whole snapshots: nothing half written, no path of this machine, no failure unsaid.
+
+Trainer's own arguments decide what is pushed when: push_to_hub, hub_strategy, hub_model_id, hub_revision, hub_token,
+hub_private_repo, hub_always_push.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
+
+from .arguments import MultiTeacherKVConfig, Recipe
+from .callbacks import METRICS_FILE, peak_memory_mb
+from .capture import kv_shape
+from .checkpoints import CheckpointTrainer
+from .facts import RunFacts, base_license, hardware, seconds_trained
+from .files import write_text
+from .hub import write_model_card
+from .manifest import seal
+from .recipes import dump_recipe
+from .routing import RoutingLog
+from .staging import (
+    MODEL_FILES,
+    RESULT_FILES,
+    RUN_FILES,
+    json_without_paths,
+    recipe_without_paths,
+    stage,
+    stage_checkpoint,
+)
+from .teachers import Teacher
+from .types import KVShape
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+STAGING = "_hub"  # in output_dir; Trainer's own pushes leave out what begins with an underscore
+
+
+class PushError(OSError):
+    """The Hub could not be reached or did not take a push; what was to be pushed is still there."""
+
+
+class HubTrainer(CheckpointTrainer):
+    """A CheckpointTrainer that pushes whole snapshots, of what `staging.py` lists and nothing else.
+
+    Each push holds the student, kv_bridge.safetensors, the recipe, the metrics and curve so far and a model card; with
+    hub_strategy checkpoint or all_checkpoints a second one holds the state to resume from. While training, pushes run
+    in the background, and one that fails is a warning; a failed `push_to_hub` is a PushError.
+    """
+
+    args: MultiTeacherKVConfig
+    model: PreTrainedModel
+    push_in_progress: Any
+    recipe: Recipe
+    recipe_text: str | None = None  # as it was before the trainer changed some of its arguments
+    teachers: dict[str, Teacher]
+    routing: RoutingLog
+
+    @cached_property
+    def hub(self) -> HfApi:
+        return HfApi(library_name="kv_trainer", library_version=__version__)
+
+    # ---- what Trainer calls
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Trainer's, and the branch hub_revision; removes the snapshots that a killed process left."""
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            for left in self._staging.glob("*"):
+                if not left.name.startswith(f"{os.getpid()}-"):
+                    shutil.rmtree(left, ignore_errors=True)
+            self._make_branch(self.args.hub_revision, token if token is not None else self.args.hub_token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and push it with all that is known of the run; arguments and result as Trainer's.
+
+        kwargs: those of create_model_card. Returns a CommitInfo, its Future without `blocking`, or None on other ranks.
+        PushError if the Hub does not take it.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # on all ranks
+        if not self.is_world_process_zero():
+            return None
+        if revision is not None and revision != self.args.hub_revision:
+            self._make_branch(revision, token)
+        self.create_model_card(**kwargs)
+        self.draw_curve(self._folder)
+        self.routing.save(self._folder)
+        snapshot = self._snapshot(self._stage_results)
+        job = {"commit_message": commit_message, "token": token, "revision": revision or self.args.hub_revision}
+        self._finish_current_push()
+        if not blocking:
+            return self.hub.run_as_future(self._upload, snapshot, job)
+        found = self._upload(snapshot, job)
+        self._finish_current_push()
+        return found
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Snapshots of a checkpoint, uploaded while training goes on."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        by_step = args.save_strategy == SaveStrategy.STEPS
+        at = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
+        message = f"Training in progress, {at}"
+        job = {"commit_message": message, "token": args.hub_token, "revision": args.hub_revision}
+        checkpoint = Path(checkpoint_folder)
+        jobs: list[tuple[Path, dict[str, Any]]] = []
+        try:
+            jobs.append((self._snapshot(lambda to: self._stage_student(checkpoint, to)), job))
+            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+                snapshot = self._snapshot(lambda to: stage_checkpoint(checkpoint, to))
+                jobs.append((snapshot, {**job, "commit_message": f"{message}, checkpoint", "path_in_repo": name}))
+        except Exception as error:  # a full disk, a picture that cannot be drawn: no reason to lose the run
+            logger.warning("%s could not be made ready for the Hub: %s: %s", checkpoint, type(error).__name__, error)
+        started: Any = [self.hub.run_as_future(self._upload, *each, quiet=True) for each in jobs]
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(started)
+        else:
+            self.push_in_progress.jobs.extend(started)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        with suppress(OSError):  # not there, or in use by a push that nobody waits for
+            self._staging.rmdir()
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write output_dir/README.md; what is given here stands in for what the run says of itself."""
+        if dataset is not None or dataset_args is not None:
+            raise ValueError("dataset and dataset_args are not used: the card names the recipe's data; leave them out.")
+        own = ["kv-distillation", "knowledge-distillation", *listed(getattr(self.model, "model_tags", None))]
+        task = listed(tasks)
+        given = {
+            "language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags,
+            "pipeline_tag": task[0] if task else None, "tags": list(dict.fromkeys([*own, *listed(tags)])),
+        }  # fmt: skip
+        front = {key: value for key, value in given.items() if value is not None}
+        if self.is_world_process_zero():
+            self._write_card(self._folder, model_name, front=front)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Find the best checkpoint of a downloaded run beside the one it is resumed from: its path was not pushed."""
+        found = super()._init_training_state(*args, **kwargs)
+        resumed = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        best = self.state.best_model_checkpoint
+        if resumed and self.state.best_global_step and not (best and Path(best).is_dir()):
+            beside = Path(resumed).parent / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(beside) if beside.is_dir() else None
+        return found
+
+    # ---- snapshots
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def _staging(self) -> Path:
+        return self._folder / STAGING
+
+    def _snapshot(self, fill: Callable[[Path], None]) -> Path:
+        """A new folder that `fill` has put files into; gone if it fails."""
+        self._staging.mkdir(parents=True, exist_ok=True)
+        snapshot = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._staging))
+        try:
+            fill(snapshot)
+        except BaseException:
+            shutil.rmtree(snapshot, ignore_errors=True)
+            raise
+        return snapshot
+
+    def _stage_results(self, snapshot: Path) -> None:
+        """What lies in output_dir after training."""
+        stage(self._folder, snapshot, (*MODEL_FILES, *RUN_FILES, *RESULT_FILES))
+        self._finish(snapshot)
+
+    def _stage_student(self, checkpoint: Path, snapshot: Path) -> None:
+        """The student as a checkpoint has it, with metrics, curve and card so far."""
+        stage(checkpoint, snapshot, MODEL_FILES)
+        stage(self._folder, snapshot, RUN_FILES)
+        self.routing.save(snapshot)
+        self._write_card(snapshot, progress=f"step {self.state.global_step} of {self.state.max_steps}")
+        self._finish(snapshot)
+
+    def _finish(self, snapshot: Path) -> None:
+        """Add the recipe, the curve and, last, the manifest."""
+        text = self.recipe_text or dump_recipe(self.recipe)
+        write_text(snapshot / "recipe.yaml", recipe_without_paths(text))
+        self.draw_curve(snapshot)
+        seal(snapshot, json.loads(json_without_paths(json.dumps(self.manifest))))
+
+    def draw_curve(self, folder: Path) -> Path | None:
+        """folder/curve.png, drawn again only if the metrics have grown since."""
+        from .curve import draw_curve  # matplotlib takes a while to import
+
+        metrics, target = folder / METRICS_FILE, folder / "curve.png"
+        if target.exists() and metrics.exists() and target.stat().st_mtime >= metrics.stat().st_mtime:
+            return target
+        return draw_curve(metrics, target, title=self._folder.absolute().name)
+
+    def _upload(self, snapshot: Path, job: dict[str, Any], quiet: bool = False) -> CommitInfo:
+        """Upload a snapshot and remove it. quiet: a failure is also told, for nobody may ask for the result."""
+        try:
+            return self.hub.upload_folder(repo_id=str(self.hub_model_id), folder_path=snapshot, **job)
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+            what = f"The push '{job['commit_message']}' to {self.hub_model_id} failed: {why}."
+            if quiet:
+                logger.warning("%s", what)
+            raise PushError(
+                f"{what} Everything is still in {self._folder}; push again with trainer.push_to_hub(), or carry out "
+                "the recipe with --resume."
+            ) from error
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+    def _make_branch(self, revision: str | None, token: str | None) -> None:
+        if revision is not None and not revision.startswith("refs/") and revision != "main":
+            self.hub.create_branch(str(self.hub_model_id), branch=revision, token=token, exist_ok=True)
+
+    # ---- the card
+
+    def _write_card(
+        self,
+        folder: Path,
+        name: str | None = None,
+        progress: str | None = None,
+        front: dict[str, Any] | None = None,
+    ) -> None:
+        args, teachers = self.args, self.manifest["teachers"].items()
+        commits = {name: teacher["revision"] for name, teacher in teachers}
+        commits["student"] = getattr(self.model.config, "_commit_hash", None)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint/", HubStrategy.ALL_CHECKPOINTS: "checkpoint-<step>/"}
+        facts = RunFacts(
+            name=name or Path(args.hub_model_id or self._folder.absolute()).name,
+            repo=self.hub_model_id,
+            revisions={key: commit for key, commit in commits.items() if commit},
+            license=self._license,
+            hardware=hardware(args),
+            seconds=seconds_trained(self._folder),
+            progress=progress,
+            state_folder=places.get(HubStrategy(args.hub_strategy)) if args.push_to_hub else None,
+            front=front or {},
+        )
+        shapes = {name: teacher.shape for name, teacher in self.teachers.items()}
+        with suppress(ValueError):  # without teachers any model can be trained, also one that has no such shape
+            shapes = {"student": self.student_shape, **shapes}
+        recipe = replace(self.recipe, args=args)
+        write_model_card(folder, recipe, self.results, shapes, facts)
+
+    @cached_property
+    def _license(self) -> dict[str, Any]:
+        student = self.recipe.student
+        return base_license(student.model, student.revision, self.args.hub_token)
+
+    @property
+    def student_shape(self) -> KVShape:
+        """The student's shape, without the bridge that is attached to it."""
+        shape = kv_shape(self.model)
+        bridge = sum(p.numel() for p in self.bridge.parameters())
+        return replace(shape, num_parameters=shape.num_parameters - bridge)
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The last of every figure that was logged."""
+        last = {key: value for log in self.state.log_history for key, value in log.items()}
+        return {**last, "peak_memory_mb": peak_memory_mb()}
+
+
+def listed(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

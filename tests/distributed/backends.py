@@ -1,0 +1,112 @@
+"""The same cases under every backend, each against one process: python tests/distributed/backends.py prints the table.
+
+Two processes on the CPU (gloo); DeepSpeed with the files of deepspeed_configs/, FSDP2 with what accelerate launch sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}
+# case -> what train.py makes of it
+CASES: dict[str, dict[str, Any]] = {
+    "relation, one teacher": {"losses": "relation", "teachers": 1},
+    "relation, two teachers": {"losses": "relation", "teachers": 2},
+    "relation, checkpointing": {"losses": "relation", "teachers": 2, "options": {"gradient_checkpointing": True}},
+    "projectors, one teacher": {"losses": "projectors", "teachers": 1},
+    "projectors, two teachers": {"losses": "projectors", "teachers": 2},
+    "projectors, checkpointing": {"losses": "projectors", "teachers": 2, "options": {"gradient_checkpointing": True}},
+    "accumulation": {
+        "losses": "projectors", "teachers": 2, "batch": 2, "options": {"gradient_accumulation_steps": 2},
+    },
+    "gathered relation": {"losses": "gathered", "teachers": 2},
+    "learned router": {"losses": "projectors", "teachers": 2, "fusion": "router", "direction": "teacher_to_student"},
+    "fusion of targets": {"losses": "relation", "teachers": 2, "fusion": "min_norm"},
+    "sharded teachers": {"losses": "projectors", "teachers": 2, "placement": "sharded"},
+    "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
+    "saved on the way": {
+        "losses": "projectors", "teachers": 2, "options": {"save_strategy": "steps", "save_steps": 2, **ADAM},
+    },
+    "resumed": {"losses": "projectors", "teachers": 2, "resume": "saved on the way/checkpoint-2", "options": ADAM},
+}  # fmt: skip
+ZERO = {"ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-3 offload": "zero3_offload.json"}
+BACKENDS: dict[str, dict[str, str]] = {
+    "DDP": {},
+    **{name: {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "deepspeed_configs" / file),
+    } for name, file in ZERO.items()},
+    "FSDP2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+}  # fmt: skip
+WRAPPED = {"DDP": "DistributedDataParallel", "FSDP2": "FSDPLlamaForCausalLM"}
+SECONDS = 400
+Result = tuple[dict[str, Any], dict[str, Any]]
+
+
+def launch(folder: Path, backend: str | None, cases: dict[str, dict[str, Any]] = CASES) -> None:
+    """Run cases in `folder`, in one process (None) or in two; RuntimeError with the last lines of a run that fails."""
+    folder.mkdir(parents=True)
+    job = folder / "job.json"
+    job.write_text(json.dumps({"folder": str(folder), "cases": cases}))
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if backend else []
+    own = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PYTEST_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= BACKENDS[backend] if backend else {}
+    command = [sys.executable, *several, str(HERE / "train.py"), str(job)]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=SECONDS, cwd=ROOT)
+    if done.returncode:
+        said = [line for line in (folder / "log.txt").read_text().splitlines() if "Error" in line]
+        raise RuntimeError(f"{backend or 'one process'} failed, see {folder / 'log.txt'}:\n" + "\n".join(said[:5]))
+
+
+def result(folder: Path) -> Result:
+    """A case's result.json, and all tensors it saved at the end."""
+    tensors = {}
+    for file in ("model.safetensors", "kv_bridge.safetensors"):
+        tensors |= {f"{file}: {name}": x for name, x in load_file(folder / "final" / file).items()}
+    return json.loads((folder / "result.json").read_text()), tensors
+
+
+def difference(one: Result, other: Result) -> float:
+    """The largest of all differences: losses, gradient norms, shares and weights of every step, and final weights."""
+    (first, tensors), (second, others) = one, other
+    assert len(first["logs"]) == len(second["logs"]) > 0 and tensors.keys() == others.keys()
+    found = [float((x - others[name]).abs().max()) for name, x in tensors.items()]
+    for a, b in zip(first["logs"], second["logs"]):
+        names = [n for n in a if n.startswith(("loss", "grad_norm", "weight", "share"))]
+        found += [abs(a[n] - b[n]) for n in names]
+    return max(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for backend in (None, *options.backends):
+            launch(folder / (backend or "one"), backend)
+        print(f"| | {' | '.join(options.backends)} |\n|---{'|---' * len(options.backends)}|")
+        for case in CASES:
+            cells = [difference(result(folder / "one" / case), result(folder / b / case)) for b in options.backends]
+            print(f"| {case} | {' | '.join(f'{x:.1e}' for x in cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""One process of a run over several: torchrun train.py JOB.json. Not a test: test_backends.py starts it.
+
+JOB.json: {"folder": where results go, "cases": {name: {"losses", "teachers", "options", "resume", ...}}}. Every case
+leaves a folder with its logs, what wrapped the student, and the final model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from helpers_models import build_model, build_tokenizer
+from helpers_trainer import World
+
+from kv_trainer.arguments import ProjectorConfig
+from kv_trainer.data import Reader
+from kv_trainer.fusion import FUSIONS
+from kv_trainer.losses import CrossEntropy, DistillationLoss, GradientShare, KVLoss, KVRelationLoss, LogitKD
+from kv_trainer.teachers import Teacher
+
+LOSSES: dict[str, dict[str, DistillationLoss]] = {
+    "ce": {"cross_entropy": CrossEntropy()},
+    "relation": {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss(samples=1)},
+    "gathered": {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss(samples=4, gather=True)},
+    "projectors": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5)},
+    "all": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5), "logit_kd": LogitKD(weight=0.1)},
+    "share": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=GradientShare(0.3, every=2))},
+}
+
+
+class FSDPWorld(World):
+    def arguments(self, *args: Any, **changes: Any) -> Any:
+        """accelerate's list of what FSDP may run on leaves the CPU out."""
+        arguments = super().arguments(*args, **changes)
+        assert arguments.device.type == "cpu"  # makes the state that is changed here
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return arguments
+
+
+def train(world: World, folder: Path, case: dict[str, Any]) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    sharded = "ACCELERATE_USE_DEEPSPEED" in os.environ or "ACCELERATE_USE_FSDP" in os.environ
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": case.get("batch", 4) // processes, "max_steps": 4, "dataloader_drop_last": True,
+        "use_cpu": not sharded, "projector": ProjectorConfig(dropout=0.0), **case.get("options", {}),
+    }  # fmt: skip
+    if processes > 1:
+        options["ddp_backend"] = "gloo"
+    if "fusion" in case:
+        options["fusion"] = FUSIONS[case["fusion"]]()
+    if "direction" in case:
+        options["projector"] = ProjectorConfig(dropout=0.0, direction=case["direction"])
+    teachers = dict(list(world.teachers().items())[: case["teachers"]])
+    if "placement" in case:
+        teachers = {n: Teacher(m, Reader(own), placement=case["placement"]) for n, (m, own) in teachers.items()}
+    trainer = world.trainer(folder, LOSSES[case["losses"]], teachers=teachers, **options)
+    resume = str(folder.parent / case["resume"]) if "resume" in case else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "final"))
+    if trainer.is_world_process_zero():
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        found = {"logs": logs, "wrapped": type(trainer.model_wrapped).__name__, "processes": trainer.args.world_size}
+        (folder / "result.json").write_text(json.dumps(found, indent=1))
+    trainer.accelerator.free_memory()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    world = (FSDPWorld if "ACCELERATE_USE_FSDP" in os.environ else World)(build_model, build_tokenizer)
+    for name, case in job["cases"].items():
+        train(world, Path(job["folder"]) / name, case)
+        if dist.is_initialized():
+            dist.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
