@@ -32,7 +32,9 @@ def rows_per_second(processes: int, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"--{key}={value}" for key, value in {**settings, "training.output_dir": folder}.items()]
         command = [sys.executable, *torchrun, "-m", "kv_trainer", "train", str(RECIPE), *overrides]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-8000:]}")
         logs = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     times = {row["step"]: row["time"] for row in logs if "loss" in row}
     return processes * ROWS * (steps - WARM) / (times[steps] - times[WARM])

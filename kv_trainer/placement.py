@@ -23,10 +23,12 @@ def place(name: str, model: PreTrainedModel, placement: str, device: torch.devic
 
     replicated: whole on the student's device. sharded: the layers dealt out over all ranks (FSDP2), gathered one at a
     time; embeddings and head whole. offloaded: in host memory, brought in for its own forward only, so that the device
-    holds one teacher at a time. A model that accelerate dispatched, or bitsandbytes quantised, stays where it is.
+    holds one teacher at a time. What a device_map dispatched, or bitsandbytes quantised, stays where it is.
     """
-    if getattr(model, "hf_device_map", None) is not None or is_quantised(model):
-        check_dispatched(name, model, device)
+    if placement == "dispatched" or getattr(model, "hf_device_map", None) is not None:
+        return "dispatched"
+    if is_quantised(model):
+        check_quantised(name, model, device)
     elif placement == "sharded" and not (dist.is_initialized() and dist.get_world_size() > 1):
         logger.warning("teachers.%s.placement is sharded, but there is one process: it lies there whole.", name)
         placement = "replicated"
@@ -47,11 +49,8 @@ def is_quantised(model: Any) -> bool:
     return getattr(model, "quantization_method", None) == "bitsandbytes"
 
 
-def check_dispatched(name: str, model: Any, device: torch.device) -> None:
+def check_quantised(name: str, model: Any, device: torch.device) -> None:
     """ValueError for quantised weights elsewhere than the student, where no device_map says so."""
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(places) > 1 or not is_quantised(model):
-        return
     if (model.device.type, model.device.index or 0) != (device.type, device.index or 0):
         raise ValueError(
             f"Teacher '{name}' was quantised on {model.device}, but the student trains on {device}; give a "

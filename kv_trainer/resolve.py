@@ -53,7 +53,8 @@ def resolve_teacher(
         given = TeacherConfig(model=given)
     if isinstance(given, TeacherConfig):
         reader = Reader(load_tokenizer(given), given.chat)
-        return Teacher(load_pretrained(given, device), reader, given.weight, given.placement)
+        placement = "dispatched" if given.device_map else given.placement
+        return Teacher(load_pretrained(given, device), reader, given.weight, placement)
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")

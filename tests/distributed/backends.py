@@ -35,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fusion of targets": {"losses": "relation", "teachers": 2, "fusion": "min_norm"},
     "sharded teachers": {"losses": "projectors", "teachers": 2, "placement": "sharded"},
     "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
+    "best checkpoint, loaded at the end": {  # turned around, so that it is not the last
+        "losses": "projectors", "teachers": 2, "evaluate": True,
+        "options": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+                    "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True},
+    },
     "saved on the way": {
         "losses": "projectors", "teachers": 2, "options": {"save_strategy": "steps", "save_steps": 2, **ADAM},
     },
@@ -87,9 +92,11 @@ def difference(one: Result, other: Result) -> float:
     """The largest of all differences: losses, gradient norms, shares and weights of every step, and final weights."""
     (first, tensors), (second, others) = one, other
     assert len(first["logs"]) == len(second["logs"]) > 0 and tensors.keys() == others.keys()
+    assert len(first["evaluations"]) == len(second["evaluations"])
     found = [float((x - others[name]).abs().max()) for name, x in tensors.items()]
-    for a, b in zip(first["logs"], second["logs"]):
-        names = [n for n in a if n.startswith(("loss", "grad_norm", "weight", "share"))]
+    pairs = [*zip(first["logs"], second["logs"]), *zip(first["evaluations"], second["evaluations"])]
+    for a, b in pairs:
+        names = [n for n in a if n.startswith(("loss", "grad_norm", "weight", "share", "eval_loss", "eval_acc"))]
         found += [abs(a[n] - b[n]) for n in names]
     return max(found)
 

@@ -20,10 +20,11 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from helpers_models import build_model, build_tokenizer
-from helpers_trainer import World
+from helpers_trainer import ROWS, World
 
-from kv_trainer.arguments import ProjectorConfig
+from kv_trainer.arguments import EvaluationConfig, ProjectorConfig
 from kv_trainer.data import Reader
 from kv_trainer.fusion import FUSIONS
 from kv_trainer.losses import CrossEntropy, DistillationLoss, GradientShare, KVLoss, KVRelationLoss, LogitKD
@@ -64,13 +65,17 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
     teachers = dict(list(world.teachers().items())[: case["teachers"]])
     if "placement" in case:
         teachers = {n: Teacher(m, Reader(own), placement=case["placement"]) for n, (m, own) in teachers.items()}
-    trainer = world.trainer(folder, LOSSES[case["losses"]], teachers=teachers, **options)
+    rows = Dataset.from_list([{**row, "answer": "4"} for row in ROWS[:4]]) if "evaluate" in case else None
+    if rows is not None:
+        options["evaluation"] = EvaluationConfig(max_new_tokens=4)
+    trainer = world.trainer(folder, LOSSES[case["losses"]], teachers=teachers, eval_rows=rows, **options)
     resume = str(folder.parent / case["resume"]) if "resume" in case else None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        found = {"logs": logs, "wrapped": type(trainer.model_wrapped).__name__, "processes": trainer.args.world_size}
+        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+        found = {"logs": logs, "evaluations": evaluations, "wrapped": type(trainer.model_wrapped).__name__, "processes": trainer.args.world_size}
         (folder / "result.json").write_text(json.dumps(found, indent=1))
     trainer.accelerator.free_memory()
 

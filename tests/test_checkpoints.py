@@ -1,0 +1,259 @@
+"""Checkpoints: whole or passed by, of this run or refused; and teachers in host memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_trainer import World, curve
+from torch import nn
+
+from kv_trainer.arguments import AlignmentConfig, LayerAlignment, TeacherConfig
+from kv_trainer.checkpoints import BRIDGE_FILE
+from kv_trainer.data import Reader
+from kv_trainer.files import beside, folder_beside
+from kv_trainer.fusion import Uniform
+from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
+from kv_trainer.manifest import MANIFEST_FILE, fingerprint, last_whole, tokenizer_hash, what_is_missing
+from kv_trainer.placement import resident
+from kv_trainer.teachers import Teacher
+
+SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model: Any, tiny_tokenizer: Any) -> World:
+    return World(tiny_model, tiny_tokenizer)
+
+
+def losses(weight: float = 0.5) -> dict[str, Any]:
+    return {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=weight)}
+
+
+@pytest.fixture(scope="module")
+def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("saved")
+    world.trainer(folder, losses(), **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of a run of three steps, a checkpoint each (two of them kept)."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+# ---- whole
+
+
+def test_a_checkpoint_is_whole_and_holds_no_pickle_of_arguments(run: Path) -> None:
+    folder, passed = last_whole(run)
+    assert folder is not None and folder.name == "checkpoint-3" and passed == {}
+    names = {p.name for p in folder.iterdir()}
+    assert {"model.safetensors", BRIDGE_FILE, MANIFEST_FILE, "trainer_state.json"} <= names
+    assert "training_args.bin" not in names and not [n for n in names if n.startswith(".")]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", BRIDGE_FILE, "optimizer.pt", "rng_state.pth"])
+def test_a_file_that_is_cut_off_or_gone_is_seen(run: Path, file: str) -> None:
+    path = run / "checkpoint-3" / file
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert what_is_missing(path.parent) == f"{file} is cut off"
+    path.unlink()
+    assert what_is_missing(path.parent) == f"{file} is not there"
+    path.write_bytes(data)
+    assert what_is_missing(path.parent) is None
+
+
+@pytest.mark.parametrize("file", [MANIFEST_FILE, "trainer_state.json"])
+def test_a_record_that_is_cut_off_or_gone_is_seen(run: Path, file: str) -> None:
+    path = run / "checkpoint-3" / file
+    path.write_text(path.read_text()[:-20])
+    assert what_is_missing(path.parent) == "one of its records was cut off"
+    path.unlink()
+    assert what_is_missing(path.parent) == f"it has no {file}"
+
+
+def test_resume_passes_half_a_checkpoint_by_and_says_so(
+    world: World, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "checkpoint-3" / "optimizer.pt").unlink()
+    trainer = world.trainer(run, losses(), **SAVING)
+    with caplog.at_level(logging.WARNING):
+        assert trainer.find_checkpoint(True) == str(run / "checkpoint-2")
+    assert "checkpoint-3 is passed by: optimizer.pt is not there." in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-3 is no whole checkpoint: optimizer.pt is not there"):
+        trainer.find_checkpoint(str(run / "checkpoint-3"))
+    trainer.train(resume_from_checkpoint=True)
+    assert last_whole(run)[0] == run / "checkpoint-3"
+
+
+def test_nothing_to_resume_from(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no whole checkpoint to resume from; start without --resume"):
+        world.trainer(tmp_path, losses(), **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_not_whole_while_it_is_written_over(
+    world: World, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = world.trainer(run, losses(), **SAVING)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda folder: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="checkpoint-3 could not be written, earlier checkpoints are whole: full"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert what_is_missing(run / "checkpoint-3") == f"it has no {MANIFEST_FILE}"
+    assert last_whole(run)[0] == run / "checkpoint-2"
+
+
+# ---- of this run
+
+
+def other_teachers(world: World, kind: str) -> dict[str, Any]:
+    teachers = world.teachers()
+    model, tokenizer = teachers["fine"]
+    if kind == "weights":
+        model.get_input_embeddings().weight.data += 1e-3
+    if kind == "tokenizer":
+        teachers["fine"] = (model, world.tokenizer(10, bos=True))
+    if kind == "one":
+        del teachers["deep"]
+    return teachers
+
+
+@pytest.mark.parametrize(
+    ("changes", "teachers", "message"),
+    [
+        ({}, "weights", r"teachers\.fine\.weights was \"\w+\", is \"\w+\""),
+        ({}, "tokenizer", r"teachers\.fine\.tokenizer was"),
+        ({}, "one", r"teachers\.deep was another, is not there"),
+        ({"alignment": AlignmentConfig(layers=LayerAlignment("nearest"))}, "", "alignment.layers.method was"),
+        ({"fusion": Uniform()}, "", 'fusion.method was "confidence", is "uniform"'),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    world: World, run: Path, changes: dict[str, Any], teachers: str, message: str
+) -> None:
+    before = sorted(p.name for p in run.iterdir())
+    trainer = world.trainer(run, losses(), teachers=other_teachers(world, teachers), **{**SAVING, **changes})
+    with pytest.raises(ValueError, match=f"checkpoint-3 is of another run: .*{message}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in run.iterdir()) == before, "nothing is lost"
+
+
+def test_what_a_resume_may_change_is_told(world: World, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {**SAVING, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with caplog.at_level(logging.WARNING):
+        world.trainer(run, losses(0.25), **options).train(resume_from_checkpoint=True)
+    assert "losses.kv.weight was 0.5, is 0.25" in caplog.text
+    assert "step.per_device_train_batch_size was 4, is 2" in caplog.text
+
+
+def test_a_manifest_names_no_folder_of_this_machine(run: Path, world: World, tmp_path: Path) -> None:
+    model, tokenizer = world.teachers()["fine"]
+    model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    config = TeacherConfig(model=str(tmp_path / "mine"))
+    trainer = world.trainer(tmp_path / "out", losses(), teachers={"fine": config})
+    assert trainer.manifest["teachers"]["fine"]["model"] == "mine"
+    assert str(tmp_path) not in json.dumps(trainer.manifest)
+    assert trainer.manifest["teachers"]["fine"]["weights"] == fingerprint(model)
+    assert trainer.manifest["teachers"]["fine"]["tokenizer"] == tokenizer_hash(tokenizer)
+
+
+# ---- files
+
+
+def test_what_fails_leaves_nothing_and_what_a_kill_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("old")
+    for write in (beside, folder_beside):
+        with pytest.raises(RuntimeError), write(tmp_path / "model" if write is beside else tmp_path) as temporary:
+            (temporary if write is beside else temporary / "model").write_text("new")
+            raise RuntimeError
+        assert [p.name for p in tmp_path.iterdir()] == ["model"] and (tmp_path / "model").read_text() == "old"
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".x.1.tmp").write_text("half")
+    with folder_beside(tmp_path) as temporary:
+        (temporary / "model").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (tmp_path / "model").read_text() == "new"
+
+
+# ---- teachers in host memory
+
+
+def test_resident_copies_in_and_puts_back_uncopied() -> None:
+    module = nn.Linear(3, 2)
+    held = [p.data_ptr() for p in module.parameters()]
+    x = torch.randn(4, 3)
+    expected = module(x)
+    with pytest.raises(RuntimeError), resident(module, torch.device("cpu")):
+        assert all(p.data_ptr() != pointer for p, pointer in zip(module.parameters(), held))
+        torch.testing.assert_close(module(x), expected)
+        raise RuntimeError
+    assert [p.data_ptr() for p in module.parameters()] == held
+
+
+def test_offloaded_teachers_are_there_one_at_a_time(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And teach the same."""
+    import kv_trainer.teachers as module
+
+    present, most = [], []
+
+    def watched(part: nn.Module, device: torch.device) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def inside() -> Any:
+            with resident(part, device):
+                present.append(part)
+                most.append(len(present))
+                yield
+                present.remove(part)
+
+        return inside()
+
+    monkeypatch.setattr(module, "resident", watched)
+    offloaded = {n: Teacher(m, Reader(t), placement="offloaded") for n, (m, t) in world.teachers().items()}
+    chosen = {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss()}
+    trainer = world.trainer(tmp_path / "a", chosen, teachers=offloaded)
+    trainer.train()
+    monkeypatch.undo()
+    plain = world.trainer(tmp_path / "b", chosen)
+    plain.train()
+    assert set(most) <= {1, 2} and len(most) >= 6  # 2: the head of a teacher, while it is there itself
+    assert [log["loss"] for log in curve(trainer)] == [log["loss"] for log in curve(plain)]
+
+
+@pytest.mark.parametrize("other", [{"quantization": "8bit"}, {"device_map": "auto"}])
+def test_placements_that_exclude_each_other(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(other))} cannot be used beside placement: offloaded"):
+        replace(TeacherConfig(model="x"), placement="offloaded", **other)
+
+
+def test_sharding_over_one_process_is_told(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = world.teachers()["fine"]
+    teacher = Teacher(model, Reader(tokenizer), placement="sharded")
+    with caplog.at_level(logging.WARNING):
+        world.trainer(tmp_path, losses(), teachers={"fine": teacher}).train()
+    assert "teachers.fine.placement is sharded, but there is one process" in caplog.text
+
+
+def test_what_a_device_map_placed_is_not_moved(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = world.teachers()["fine"]
+    model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    config = TeacherConfig(model=str(tmp_path / "mine"), device_map={"": "cpu"})
+    monkeypatch.setattr(type(model), "to", lambda *args, **options: pytest.fail("it was moved"))
+    trainer = world.trainer(tmp_path / "out", losses(), teachers={"fine": config})
+    assert trainer.teachers["fine"].placement == "dispatched"
+    trainer.train()
