@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .arguments import ModelConfig, StudentConfig, TeacherConfig
 
@@ -44,8 +45,12 @@ def whole_weights(args: TrainingArguments) -> Iterator[None]:
     and shapes of the student would read (0,). The student's engine partitions it later.
     """
     plugin = getattr(args, "deepspeed_plugin", None)
-    with nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False):
+    unset_hf_deepspeed_config()
+    try:
         yield
+    finally:
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()
 
 
 def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fusion of targets": {"losses": "relation", "teachers": 2, "fusion": "min_norm"},
     "sharded teachers": {"losses": "projectors", "teachers": 2, "placement": "sharded"},
     "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
+    "models by name": {"losses": "projectors", "teachers": 2, "by_name": True},
     "best checkpoint, loaded at the end": {  # turned around, so that it is not the last
         "losses": "projectors", "teachers": 2, "evaluate": True,
         "options": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
     teachers = dict(list(world.teachers().items())[: case["teachers"]])
     if "placement" in case:
         teachers = {n: Teacher(m, Reader(own), placement=case["placement"]) for n, (m, own) in teachers.items()}
+    if "by_name" in case:
+        models = {"student": (world.student(), world.tokenizer(40)), **teachers}
+        names = save(models, folder / "models")
+        options["student"], teachers = names.pop("student"), names
     rows = Dataset.from_list([{**row, "answer": "4"} for row in ROWS[:4]]) if "evaluate" in case else None
     if rows is not None:
         options["evaluation"] = EvaluationConfig(max_new_tokens=4)
@@ -74,10 +79,24 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
     trainer.save_model(str(folder / "final"))
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
-        found = {"logs": logs, "evaluations": evaluations, "wrapped": type(trainer.model_wrapped).__name__, "processes": trainer.args.world_size}
+        found = {
+            "logs": logs, "evaluations": [log for log in trainer.state.log_history if "eval_loss" in log],
+            "wrapped": type(trainer.model_wrapped).__name__, "processes": trainer.args.world_size,
+        }  # fmt: skip
         (folder / "result.json").write_text(json.dumps(found, indent=1))
     trainer.accelerator.free_memory()
+
+
+def save(models: dict[str, Any], folder: Path) -> dict[str, str]:
+    """The first rank writes them all, the others wait: their folders."""
+    if os.environ.get("RANK", "0") == "0":
+        for name, parts in models.items():
+            for part in parts:
+                part.save_pretrained(folder / name)
+        (folder / "written").touch()
+    while not (folder / "written").exists():
+        time.sleep(0.1)
+    return {name: str(folder / name) for name in models}
 
 
 def main() -> None:
