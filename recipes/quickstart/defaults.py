@@ -35,6 +35,7 @@ BASES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     }),
     "kv_bottleneck": (BOTTLENECK, {
         "projector.dropout": ["0"],
+        "projector.mlp_ratio": ["0.5", "1", "2"],
         "projector.init": ["kaiming", "normal"],
     }),
 }  # fmt: skip
