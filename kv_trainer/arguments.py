@@ -67,6 +67,9 @@ class TeacherConfig(ModelConfig):
     placement: Literal["replicated", "sharded", "offloaded"] = field(
         default="replicated", metadata={"help": "Whole on every rank, dealt out over the ranks, or in host memory."}
     )
+    source: Literal["live", "store"] = field(
+        default="live", metadata={"help": "store: as kv-trainer precompute wrote it to store.path; no model is loaded."}
+    )
     device_map: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "As in from_pretrained: 'auto', 'cuda:1', or {module: device}."}
     )
@@ -269,6 +272,19 @@ class MonitorConfig:
 
 
 @dataclass
+class StoreConfig:
+    """Where `kv-trainer precompute` writes the teachers' keys and values, and how (see store/)."""
+
+    path: str | None = field(default=None, metadata={"help": "Folder of the store."})
+    bits: Literal[16, 8, 4] = field(default=8, metadata={"help": "Of a stored value: 16 is float16."})
+    rows_per_shard: int = field(default=64, metadata={"help": "Rows in a file; so many are held in memory."})
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard}; give at least 1.")
+
+
+@dataclass
 class MultiTeacherKVConfig(TrainingArguments):
     """TrainingArguments plus what `MultiTeacherKVTrainer` needs to know; one object, as in TRL.
 
@@ -290,6 +306,7 @@ class MultiTeacherKVConfig(TrainingArguments):
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     accumulation: AccumulationConfig = field(default_factory=AccumulationConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
         unsaid = all(getattr(self, name) is None for name in CHECKPOINTING)

@@ -87,7 +87,8 @@ class KVBridge(nn.Module):
         method = args.alignment.layers.method
         method = "relative_depth" if method == "cka" else method  # until calibration.py has matched them
         self.layer_maps: dict[str, LayerMap] = {
-            name: layer_map(method, student.num_layers, shape.layer_numbers, explicit.get(name))
+            name: layer_map("nearest", student.num_layers, shape.layer_numbers) if shape.aligned
+            else layer_map(method, student.num_layers, shape.layer_numbers, explicit.get(name))
             for name, shape in teachers.items()
         }
         self.balance = Balance(self.losses)

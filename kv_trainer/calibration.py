@@ -124,6 +124,8 @@ class Calibration:
         student.train(training)
         found = {}
         for name, teacher in self.teachers.items():
+            if teacher.shape.aligned:  # matched before it was stored
+                continue
             numbers = teacher.shape.layer_numbers
             teacher.prepare(numbers, TeacherNeeds())
             theirs = [

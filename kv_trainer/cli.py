@@ -66,6 +66,17 @@ examples:
   kv-trainer export outputs/my_adapters --format merged --output exports/my_student
 """
 
+PRECOMPUTE = f"""Each teacher reads each row once; a run with teachers.NAME.source: store then loads no teacher. An
+interrupted run goes on where it stopped, and several processes share the work.
+{OVERRIDE}
+
+examples:
+  kv-trainer precompute recipes/quickstart/two_teachers.yaml --store.path outputs/store
+  kv-trainer precompute recipes/quickstart/two_teachers.yaml --store.path outputs/store --store.bits 4
+  kv-trainer train recipes/quickstart/two_teachers.yaml --store.path outputs/store \\
+    --teachers.chain.source store --teachers.letters.source store
+"""
+
 METHODS = """examples:
   kv-trainer methods fusion
   kv-trainer methods losses.kv_relation
@@ -108,6 +119,14 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
         else:
             print(summary(recipe))
     return 2 if failed else 0
+
+
+def precompute(options: argparse.Namespace, overrides: list[str]) -> int:
+    recipe = load(options.recipe, overrides)
+    from .store.precompute import precompute as run_precompute
+
+    run_precompute(recipe, options.repair)
+    return 0
 
 
 def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -243,6 +262,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")
     sub.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+    sub = command(precompute, "Store the teachers' keys and values of all training rows.", PRECOMPUTE)
+    sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--repair", action="store_true", help="rewrite just the shards that are damaged or missing")
     sub = command(methods, "List every method a recipe can switch on, what it needs, and its source.", METHODS)
     sub.add_argument("section", nargs="?", default="", metavar="SECTION", help="only those whose section begins so")
     return parser

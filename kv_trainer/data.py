@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -208,17 +208,22 @@ def aligned_share(encoded: Dataset, teacher: str, rows: int = 200) -> float:
     return sum(at >= 0 for at in found) / max(1, len(found))
 
 
+Reads = Callable[[list[list[int]], int], dict[str, Tensor]]
+
+
 @dataclass
 class KVCollator:
     """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; those and index [B, T] a teacher.
 
     Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
     segments [B, S] and rank [B, T]. index is long, or float where it lies between positions; all are padded with -1.
-    pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere.
+    pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
+    a stored teacher, what reads the rows' tokens to T positions; found under `stored`.
     """
 
     pad_token_id: int
     teacher_pad_ids: Mapping[str, int]
+    stores: Mapping[str, Reads] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
@@ -235,6 +240,10 @@ class KVCollator:
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
         }
+        for name, read in self.stores.items():
+            if name in batch["teachers"]:
+                ids = [row["input_ids"] for row in rows]
+                batch["teachers"][name]["stored"] = read(ids, batch["input_ids"].shape[1])
         return batch
 
 

@@ -60,16 +60,9 @@ def describe_run(
     student: Any, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Teacher], args: MultiTeacherKVConfig
 ) -> dict[str, Any]:
     """The manifest of a run, before it begins: plain values only."""
-    described = {
-        name: {
-            "model": model_name(t.model), "revision": getattr(t.model.config, "_commit_hash", None),
-            "weights": fingerprint(t.model), "tokenizer": tokenizer_hash(t.reader.tokenizer), "weight": t.weight,
-        }
-        for name, t in teachers.items()
-    }  # fmt: skip
     return {
         "student": {"architecture": type(student).__name__, "tokenizer": tokenizer_hash(tokenizer)},
-        "teachers": described,
+        "teachers": {name: teacher.describe() for name, teacher in teachers.items()},
         "alignment": asdict(args.alignment),
         "projector": asdict(args.projector),
         "fusion": {"method": method_of(args.fusion), **asdict(args.fusion)},

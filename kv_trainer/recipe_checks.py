@@ -56,6 +56,14 @@ def check_balance(recipe: Recipe, tree: Node) -> None:
         raise RecipeError(f"{where[0].upper()}{where[1:]}: {error}") from error
 
 
+def check_store(recipe: Recipe, tree: Node) -> None:
+    """Stored teachers need a store."""
+    for name, teacher in recipe.teachers.items():
+        if teacher.source == "store" and not recipe.args.store.path:
+            where = tree.at("teachers", name, "source")
+            raise RecipeError(f"teachers.{name}.source {where} is store; say where it is, store: {{path: ./store}}.")
+
+
 def check_layers(recipe: Recipe, tree: Node) -> None:
     """An explicit layer map names every teacher, and a map is there only for `explicit`."""
     layers, where = recipe.args.alignment.layers, tree.at("alignment", "layers", "map")
@@ -101,5 +109,6 @@ def check(recipe: Recipe, tree: Node) -> None:
     check_losses(recipe, tree)
     check_balance(recipe, tree)
     check_layers(recipe, tree)
+    check_store(recipe, tree)
     check_evaluation(recipe, tree)
     check_around(recipe, tree)

@@ -15,7 +15,7 @@ import yaml
 # TrainingArguments. They stand here so that the command line knows them without importing torch.
 NESTED = (
     "alignment", "projector", "fusion", "losses", "data", "evaluation", "control", "monitor", "freeze",
-    "early_stopping", "accumulation",
+    "early_stopping", "accumulation", "store",
 )  # fmt: skip
 SECTIONS = ("student", "teachers", *NESTED, "training")
 KINDS = {"fusion": "method", "peft": "type"}  # sections whose other keys depend on one of them
@@ -200,8 +200,11 @@ def changes_kind(base: Node | None, over: Node, key: str) -> bool:
     return new is not None and (old is None or old.value != new.value)
 
 
-def resolve_path(value: str, node: Node, path: str) -> str:
-    """`./x` beside the recipe as a path from here; hub names as they are. RecipeError for `..` and what is missing."""
+def resolve_path(value: str, node: Node, path: str, exists: bool = True) -> str:
+    """`./x` beside the recipe as a path from here; hub names as they are. RecipeError for `..` and what is missing.
+
+    exists: whether it must be there, as what is read must.
+    """
     beside = value == "." or value.startswith("./")
     if not os.path.isabs(value):
         if ".." in PurePath(value).parts:
@@ -209,7 +212,7 @@ def resolve_path(value: str, node: Node, path: str) -> str:
         if not beside:
             return value
     target = os.path.abspath(node.folder / value)
-    if not os.path.exists(target):
+    if exists and not os.path.exists(target):
         looked = f" (looked for {target})" if beside else ""
         raise RecipeError(f"{path} {node.where} is '{value}', which does not exist{looked}; correct the path.")
     return os.path.relpath(target) if Path(target).is_relative_to(os.getcwd()) else target

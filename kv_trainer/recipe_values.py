@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from .arguments import DataConfig, ModelConfig
+from .arguments import DataConfig, ModelConfig, StoreConfig
 from .recipe_tree import Node, RecipeError, join, number, one_line, resolve_path
 
 
@@ -157,7 +157,9 @@ def build(cls: type, node: Node, path: str) -> Any:
             values[key] = build(section, child, join(path, key))
             continue
         value = coerce(child, hints[key], join(path, key))
-        values[key] = resolve_path(value, child, join(path, key)) if value and is_path(cls, key) else value
+        if value and is_path(cls, key):
+            value = resolve_path(value, child, join(path, key), exists=cls is not StoreConfig)
+        values[key] = value
     try:
         return cls(**values)
     except ValueError as error:
@@ -166,4 +168,4 @@ def build(cls: type, node: Node, path: str) -> Any:
 
 def is_path(cls: type, key: str) -> bool:
     model = issubclass(cls, ModelConfig) and key in ("model", "config", "tokenizer")
-    return model or (cls is DataConfig and key == "path")
+    return model or (cls in (DataConfig, StoreConfig) and key == "path")

@@ -12,7 +12,7 @@ from . import report
 from .adapters import load_trained
 from .arguments import Recipe
 from .callbacks import peak_memory_mb
-from .data import EVALUATED, Reader, aligned_share, encode_rows, load_split
+from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_model
 from .files import write_text
 from .models import load_tokenizer, same_tokenizer
@@ -85,7 +85,7 @@ def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
         losses=trainer.bridge.losses,
     )
     for name in trainer.teachers:
-        share = aligned_share(trainer.train_dataset, name)  # encode_rows warns of less than half
+        share = trainer.aligned_share(name)  # encode_rows warns of less than half
         console.print(f"{name}: {share:.1%} of the student's positions are aligned")
 
 

@@ -18,6 +18,7 @@ from .capture import KVCapture, StopForward, kv_shape
 from .data import IGNORED, Reader
 from .fusion import Fusion, FusionInputs, teacher_shares
 from .importance import attention_mass, importance
+from .manifest import fingerprint, model_name, tokenizer_hash
 from .placement import place, resident
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head, output_head, shared_tokens
@@ -62,6 +63,14 @@ class Teacher:
         self.placement = placement
         self.device: torch.device | None = None
         self._capture: KVCapture | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest of a run, while the weights are whole."""
+        return {
+            "model": model_name(self.model), "revision": getattr(self.model.config, "_commit_hash", None),
+            "weights": fingerprint(self.model), "tokenizer": tokenizer_hash(self.reader.tokenizer),
+            "weight": self.weight,
+        }  # fmt: skip
 
     def place(self, name: str, device: torch.device) -> None:
         """Put the weights where `placement` says, for a student on `device`. name: for messages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import add_adapters, students_peft
-from .arguments import MultiTeacherKVConfig
+from .arguments import MultiTeacherKVConfig, TeacherConfig
 from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
-from .data import EVALUATED, KVCollator, Reader, encode_rows, task_names
+from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
 from .evaluation import evaluate_model
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
@@ -38,6 +39,7 @@ from .resolve import (
     resolve_teacher,
 )
 from .routing import RoutingLog
+from .store.teacher import StoredTeacher, open_teacher
 from .teachers import TeacherPanel
 
 
@@ -85,8 +87,11 @@ class MultiTeacherKVTrainer(HubTrainer):
             student, processing_class, chat = resolve_student(model, processing_class)
             self.reader = reader = Reader(processing_class, chat)
             self.teachers = {
-                name: resolve_teacher(name, t, processing_class, args.device) for name, t in (teachers or {}).items()
-            }
+                name: open_teacher(name, t, args, reader, {n: getattr(x, "weight", 1.0) for n, x in teachers.items()})
+                if isinstance(t, TeacherConfig) and t.source == "store"
+                else resolve_teacher(name, t, processing_class, args.device)
+                for name, t in (teachers or {}).items()
+            }  # fmt: skip
         self.manifest = describe_run(student, processing_class, self.teachers, args)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
@@ -104,8 +109,13 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
+        stored = {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
         if train_dataset is not None and "input_ids" not in train_dataset.column_names:
-            train_dataset = encode_rows(train_dataset, reader, readers, args.data, time=args.alignment.time)
+            own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in stored}
+            data = replace(args.data, teacher_text=own_texts)
+            train_dataset = encode_rows(train_dataset, reader, readers, data, time=args.alignment.time)
+        for teacher in stored.values() if train_dataset is not None else ():
+            teacher.check_rows(train_dataset)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
             eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
@@ -122,7 +132,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or KVCollator(processing_class.pad_token_id, pads),
+            data_collator=data_collator
+            or KVCollator(processing_class.pad_token_id, pads, {name: t.read for name, t in stored.items()}),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -203,6 +214,11 @@ class MultiTeacherKVTrainer(HubTrainer):
             step = self.state.global_step
             logs |= self.monitor.logs(self.accelerator, step, step / max(1, self.state.max_steps))
         super().log(logs, start_time)
+
+    def aligned_share(self, name: str) -> float:
+        """Share of the student's positions that are aligned with a teacher, over the first rows."""
+        teacher = self.teachers[name]
+        return teacher.aligned_share if isinstance(teacher, StoredTeacher) else aligned_share(self.train_dataset, name)
 
     # ---- evaluation
 

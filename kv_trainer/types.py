@@ -105,6 +105,7 @@ class KVShape:
     hidden_size: int = 0
     kv_layers: tuple[int, ...] = ()
     value_dim: int | None = None
+    aligned: bool = False  # of a stored teacher: its layers and positions are the student's
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:

@@ -1,0 +1,173 @@
+"""`kv-trainer precompute`: every training row through every teacher, once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..alignment.mapping import align
+from ..arguments import Recipe
+from ..files import write_text
+from ..fusion import method_of
+from ..manifest import differences, tokenizer_hash
+from ..run import build_trainer
+from ..trainer import MultiTeacherKVTrainer
+from .shards import RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
+
+BEGUN = "begun.json"  # what a store is being made of, until store.json is written
+
+
+def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
+    """Write the store of a recipe; go on where an interrupted run stopped. Returns what store.json holds.
+
+    repair: only the shards whose checksum is not that of store.json. Several processes share the shards. ValueError if
+    the folder holds a store of something else.
+    """
+    store = recipe.args.store
+    if not store.path:
+        raise ValueError("store.path is missing: say where the store is to be, store: {path: ./store}.")
+    if not recipe.teachers:
+        raise ValueError("The recipe has no teachers, so there is nothing to store.")
+    live = {name: replace(teacher, source="live") for name, teacher in recipe.teachers.items()}
+    recipe.args.data.eval_split = None
+    trainer = build_trainer(replace(recipe, teachers=live))
+    folder, console = Path(store.path), Console(quiet=not trainer.is_world_process_zero())
+    begun = describe(trainer, recipe)
+    check_same(folder, begun)
+    trainer.calibrate()
+    for name, teacher in trainer.teachers.items():  # likelihoods too: they are cheap now, and every fusion may ask
+        needs = replace(trainer.bridge.teacher_needs(), scores=len(trainer.teachers) > 1)
+        teacher.prepare(trainer.bridge.layer_maps[name].needed, needs)
+    bad = set(damaged(folder, read_record(folder), whole=True)) if repair else set()
+    if trainer.is_world_process_zero():
+        write_text(folder / BEGUN, json.dumps(begun, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    shards = range(0, len(trainer.train_dataset), store.rows_per_shard)
+    mine = [s for i, s in enumerate(shards) if i % trainer.args.world_size == trainer.args.process_index]
+    for start in track(mine, "precomputing", console=console):
+        files = {name: f"{name}/{start // store.rows_per_shard:05d}.safetensors" for name in trainer.teachers}
+        missing = {name: file for name, file in files.items() if not (folder / file).exists() or file in bad}
+        if missing:
+            end = min(start + store.rows_per_shard, len(trainer.train_dataset))
+            write_rows(trainer, folder, missing, range(start, end))
+    trainer.accelerator.wait_for_everyone()
+    record = finish(trainer, folder, begun)
+    console.print(
+        f"{folder}: {record['bytes'] / 1e6:,.1f} MB, {record['share_of_raw']:.1%} of the teachers' own keys and values "
+        f"in float16; error {record['relative_error']:.2%} of their size"
+    )
+    return record
+
+
+def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
+    """What the store is of, known before it is written."""
+    args, shape = recipe.args, trainer.student_shape
+    needs, fusion = trainer.bridge.teacher_needs(), args.fusion
+    teachers = {
+        name: {
+            **{k: v for k, v in teacher.describe().items() if k != "weight"},
+            "asked_revision": recipe.teachers[name].revision,
+            "shape": {**asdict(teacher.shape), "num_layers": shape.num_layers, "kv_layers": [], "aligned": False},
+            "scores": len(trainer.teachers) > 1, "importance": needs.importance,
+        }
+        for name, teacher in trainer.teachers.items()
+    }  # fmt: skip
+    return {
+        "format": 1, "bits": args.store.bits, "rows_per_shard": args.store.rows_per_shard,
+        "rows": len(trainer.train_dataset), "teachers": teachers, "alignment": asdict(args.alignment),
+        "student": {"tokenizer": tokenizer_hash(trainer.processing_class), "layers": shape.num_layers},
+        "fusion": {"method": method_of(fusion), **asdict(fusion)},
+        "weights": {name: teacher.weight for name, teacher in trainer.teachers.items()},
+    }  # fmt: skip
+
+
+def check_same(folder: Path, begun: dict[str, Any]) -> None:
+    """ValueError if the folder holds, or was to hold, a store of something else."""
+    path = folder / BEGUN
+    if path.exists():
+        found = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun)))
+        if found:
+            raise ValueError(f"{folder} holds a store of something else: {'; '.join(found)}. Give a new store.path.")
+
+
+def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, str], numbers: range) -> None:
+    """One shard of each teacher in `names`, of these rows of the data set."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainer.teachers}
+    raw = dict.fromkeys(trainer.teachers, 0)
+    size = trainer.args.per_device_train_batch_size
+    for first in range(numbers.start, numbers.stop, size):
+        some = [trainer.train_dataset[i] for i in range(first, min(first + size, numbers.stop))]
+        for name, found, length in signals(trainer, some):
+            rows[name] += found
+            raw[name] += length
+    for name, file in names.items():
+        write_shard(folder / file, rows[name], trainer.args.store.bits, raw[name])
+
+
+@torch.no_grad()
+def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
+    """Of some rows, teacher by teacher: what is stored of each, and the bytes of its own states in float16."""
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    panel, bridge = trainer.panel, trainer.bridge
+    said = {name: t.signal(batch["teachers"][name]) for name, t in trainer.teachers.items()}
+    shares = None
+    if panel.fusion.remembered and len(said) > 1:
+        nll, entropy = (torch.stack([getattr(s, what) for s in said.values()]) for what in ("nll", "entropy"))
+        shares = panel.shares(batch, nll, entropy)
+    for number, (name, signal) in enumerate(said.items()):
+        aligned = align(signal, bridge.layer_maps[name], batch["attention_mask"])
+        width = sum(x[0].shape[0] * x[0].shape[-1] for k, v in zip(signal.kv.keys, signal.kv.values) for x in (k, v))
+        flat = {part: flattened(getattr(aligned.kv, part)) for part in ("keys", "values")}
+        found = []
+        for b, row in enumerate(rows):
+            asked = shares is None or bool(shares[number, b] > 0)  # a row without a share is never asked for
+            position = aligned.kv.mask[b].nonzero()[:, 0] if asked else torch.zeros(0, dtype=torch.long)
+            position = position.to(batch["labels"].device)
+            found.append({
+                "key": row_key(row["input_ids"]), "position": position.cpu(), "asked": asked,
+                "nll": None if signal.nll is None else signal.nll[b].cpu(),
+                "entropy": None if signal.entropy is None else signal.entropy[b].cpu(),
+                "importance": None if aligned.importance is None else aligned.importance[b][position].cpu(),
+                **{part: x[b][position].cpu() for part, x in flat.items()},
+            })  # fmt: skip
+        yield name, found, 2 * width * int(signal.kv.mask.sum())
+
+
+def flattened(states: tuple[Tensor, ...]) -> Tensor:
+    """[B, H, T, D] a layer -> [B, T, L * H * D]."""
+    return torch.stack(states, dim=2).permute(0, 3, 2, 1, 4).flatten(2)
+
+
+def finish(trainer: MultiTeacherKVTrainer, folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    """Write store.json, with the size and checksum of each shard, and what was lost."""
+    files = sorted(p for name in trainer.teachers for p in (folder / name).glob("*.safetensors"))
+    figures = [shard_figures(path) for path in files]
+    size = sum(p.stat().st_size for p in files)
+    raw, errors, squares = (sum(f[name] for f in figures) for name in ("raw_bytes", "errors", "squares"))
+    record = {
+        **begun, "left_out": int(sum(f["left_out"] for f in figures)), "bytes": size, "share_of_raw": size / max(1.0, raw),
+        "relative_error": (errors / max(1e-12, squares)) ** 0.5,
+        "shards": {str(p.relative_to(folder)): told(p) for p in files},
+    }  # fmt: skip
+    for name, teacher in trainer.teachers.items():
+        shape = teacher.shape
+        layers, heads = trainer.student_shape.num_layers, shape.num_kv_heads
+        widths = {"keys": shape.head_dim, "values": shape.value_dim or shape.head_dim}
+        record["teachers"][name]["channels"] = {part: layers * heads * width for part, width in widths.items()}
+        record["teachers"][name]["aligned_share"] = trainer.aligned_share(name)
+    if trainer.is_world_process_zero():
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return record
+
+
+def told(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": checksum(path)}

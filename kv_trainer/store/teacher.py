@@ -1,0 +1,130 @@
+"""A stored teacher: to the rest, a teacher that reads as the student does and has as many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..arguments import MultiTeacherKVConfig, TeacherConfig
+from ..data import Reader
+from ..fusion import method_of
+from ..manifest import differences, tokenizer_hash
+from ..teachers import TeacherNeeds
+from ..types import KVShape, KVStates, TeacherSignal
+from .quantise import restore
+from .shards import PARTS, StoreReader, damaged, read_record, row_key
+
+
+class StoredTeacher:
+    """What `Teacher` is to the trainer, without a model: signals come from the batch, where the collator put them.
+
+    A row that was left out, since no share of it was this teacher's, comes back empty.
+    """
+
+    placement = "stored"
+
+    def __init__(self, name: str, record: Mapping[str, Any], folder: Path, reader: Reader, weight: float) -> None:
+        told = record["teachers"][name]
+        self.name, self.told, self.reader, self.weight = name, told, reader, weight
+        self.shape = KVShape(**{**told["shape"], "kv_layers": (), "aligned": True})
+        self.aligned_share: float = told["aligned_share"]
+        self.store = StoreReader(folder, [s for s in record["shards"] if s.startswith(f"{name}/")])
+        self.channels = told["channels"]
+        self.needs = TeacherNeeds()
+
+    def describe(self) -> dict[str, Any]:
+        """As in the manifest of a run with the live teacher, so that either may go on with the other's checkpoint."""
+        return {k: self.told[k] for k in ("model", "revision", "weights", "tokenizer")} | {"weight": self.weight}
+
+    def place(self, name: str, device: torch.device) -> None:
+        """Nothing lies anywhere."""
+
+    def present(self, part: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
+        """ValueError for what is not stored."""
+        live = {"logits": needs.final, "queries": needs.queries, "hidden states": needs.hidden,
+                "attention for R-KV": needs.mass, "importance": needs.importance and not self.told["importance"],
+                "likelihoods": needs.scores and not self.told["scores"]}  # fmt: skip
+        missing = [what for what, wanted in live.items() if wanted]
+        if missing:
+            raise ValueError(
+                f"The store of teacher '{self.name}' has no {missing[0]}, which this recipe needs; set "
+                f"teachers.{self.name}.source: live, or precompute with this recipe's losses and fusion."
+            )
+        self.needs = needs
+
+    def read(self, rows: list[list[int]], length: int) -> dict[str, Tensor]:
+        """For the collator: what is stored of rows of student tokens. KeyError for a row that is not."""
+        return self.store.read([row_key(ids) for ids in rows], length)
+
+    def check_rows(self, rows: Dataset) -> None:
+        """ValueError if a row of encoded data is not stored."""
+        for number, ids in enumerate(rows["input_ids"]):
+            if row_key(ids) not in self.store:
+                raise ValueError(
+                    f"Row {number} of the training data is not in the store of teacher '{self.name}': the data or its "
+                    "encoding changed; run kv-trainer precompute RECIPE into a new folder."
+                )
+
+    def signal(
+        self, batch: Mapping[str, Any], rows: Tensor | None = None, scores: bool = True, weighing: bool = True
+    ) -> TeacherSignal:
+        """As `Teacher.signal`; states are at the student's layers and positions."""
+        stored: dict[str, Tensor] = batch["stored"]
+        some = stored if rows is None else {name: x[rows] for name, x in stored.items()}
+        found = {part: self._states(some, part) for part in PARTS}
+        layers = tuple(range(self.shape.num_layers))
+        states = KVStates(found["keys"], found["values"], some["mask"], layers, len(layers))
+        asked = scores and self.needs.scores
+        return TeacherSignal(
+            states, batch["index"], some["nll"] if asked else None, rows, some["entropy"] if asked else None,
+            some["importance"] if self.needs.importance and weighing else None,
+        )  # fmt: skip
+
+    def _states(self, stored: Mapping[str, Tensor], part: str) -> tuple[Tensor, ...]:
+        data = stored[f"{part}.data"]
+        x = restore(data, stored.get(f"{part}.low"), stored.get(f"{part}.step"), self.channels[part])
+        x = x.unflatten(-1, (self.shape.num_layers, self.shape.num_kv_heads, -1))  # [B, T, L, H, D]
+        return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
+
+
+def open_teacher(
+    name: str, given: TeacherConfig, args: MultiTeacherKVConfig, reader: Reader, weights: Mapping[str, float]
+) -> StoredTeacher:
+    """The stored teacher that a recipe asks for. ValueError if the store is damaged, or of anything else.
+
+    weights: of all teachers of the recipe, by name.
+    """
+    folder = Path(str(args.store.path))
+    record = read_record(folder)
+    if name not in record["teachers"]:
+        raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
+    now = {
+        "alignment": asdict(args.alignment),
+        "student": {**record["student"], "tokenizer": tokenizer_hash(reader.tokenizer)},
+        "teachers": {name: {"model": Path(str(given.model)).name, "revision": given.revision}},
+    }
+    told = record["teachers"][name]
+    saved = {
+        "alignment": record["alignment"], "student": record["student"],
+        "teachers": {name: {"model": Path(told["model"]).name, "revision": told["asked_revision"]}},
+    }  # fmt: skip
+    if record["left_out"]:  # which rows a teacher is not asked for is up to the fusion of them all
+        now |= {"fusion": {"method": method_of(args.fusion), **asdict(args.fusion)}, "weights": dict(weights)}
+        saved |= {"fusion": record["fusion"], "weights": record["weights"]}
+    found = differences(saved, now)
+    if found:
+        raise ValueError(f"{folder} was made of something else: {'; '.join(found)}. Precompute into a new folder.")
+    bad = [shard for shard in damaged(folder, record) if shard.startswith(f"{name}/")]
+    if bad:
+        raise ValueError(f"{folder} is damaged: {', '.join(bad[:5])}; run kv-trainer precompute RECIPE --repair.")
+    return StoredTeacher(name, record, folder, reader, given.weight)

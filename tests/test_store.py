@@ -1,0 +1,247 @@
+"""Stored teachers: what comes back is what was stored, and a run on it is the run with the live teachers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from helpers_trainer import ROWS, STUDENT, TEACHERS, curve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_trainer.cli import main
+from kv_trainer.recipes import load_recipe
+from kv_trainer.run import build_trainer
+from kv_trainer.store.precompute import precompute
+from kv_trainer.store.quantise import quantise, restore
+from kv_trainer.store.shards import StoreReader, row_key, write_shard
+from kv_trainer.trainer import MultiTeacherKVTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STORED = ["--teachers.fine.source", "store", "--teachers.deep.source", "store"]
+
+
+# ---- numbers
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.sampled_from([16, 8, 4]), st.integers(0, 10**6))
+def test_what_comes_back_is_within_half_a_step(count: int, channels: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, channels, generator=generator) * torch.logspace(-2, 2, channels)
+    stored = quantise(x, bits)
+    back = restore(stored["data"], stored.get("low"), stored.get("step"), channels)
+    assert back.shape == x.shape and back.dtype == torch.float32
+    allowed = 1e-3 * x.abs() + 1e-7 if bits == 16 else 0.501 * stored["step"] + 1e-6 * x.abs()
+    assert ((back - x).abs() <= allowed).all()
+    assert stored["data"].shape[1] == (channels if bits > 4 else -(-channels // 2))
+
+
+def test_a_channel_that_is_constant_comes_back() -> None:
+    x = torch.tensor([[3.0, -1.0]] * 5)
+    for bits in (8, 4):
+        stored = quantise(x, bits)
+        torch.testing.assert_close(restore(stored["data"], stored["low"], stored["step"], 2), x)
+
+
+def test_rows_are_found_by_key_whatever_their_order(tmp_path: Path) -> None:
+    rows = [
+        {"key": row_key([i, 7]), "position": torch.arange(i % 3), "keys": torch.full((i % 3, 4), float(i)),
+         "values": torch.full((i % 3, 4), -float(i)), "nll": torch.tensor(i / 2), "entropy": torch.tensor(0.1),
+         "asked": True}
+        for i in range(6)
+    ]  # fmt: skip
+    for number, some in enumerate((rows[:4], rows[4:])):
+        write_shard(tmp_path / f"{number}.safetensors", some, 16, 1)
+    reader = StoreReader(tmp_path, ["0.safetensors", "1.safetensors"])
+    found = reader.read([row_key([i, 7]) for i in (5, 1, 0)], length=4)
+    assert found["nll"].tolist() == [2.5, 0.5, 0.0]
+    assert found["mask"].tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
+    assert found["keys.data"][:, 0, 0].tolist() == [5.0, 1.0, 0.0]
+    assert row_key([9, 9]) not in reader
+    with pytest.raises(KeyError):
+        reader.read([row_key([9, 9])], 4)
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    """recipe.yaml on saved tiny models, and a store of it in 16 bits."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("home")
+    tiny_model("llama", **STUDENT).save_pretrained(folder / "student")
+    tiny_tokenizer(40).save_pretrained(folder / "student")
+    for name, (family, config, merges, bos) in TEACHERS.items():
+        tiny_model(family, seed=7, **config).save_pretrained(folder / name)
+        tiny_tokenizer(merges, bos=bos).save_pretrained(folder / name)
+    Dataset.from_list(ROWS).to_json(folder / "train.jsonl")
+    recipe = {
+        "student": {"model": "./student"},
+        "teachers": {name: {"model": f"./{name}"} for name in TEACHERS},
+        "losses": {"cross_entropy": {}, "kv_relation": {}},
+        "data": {"path": "./train.jsonl", "eval_split": None},
+        "store": {"path": "./store", "bits": 16, "rows_per_shard": 4},
+        "training": {"output_dir": str(folder / "out"), "max_steps": 7, "per_device_train_batch_size": 3, "seed": 3,
+                     "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "optim": "sgd",
+                     "learning_rate": 0.05},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    precompute(load_recipe(folder / "recipe.yaml"))
+    return folder
+
+
+@pytest.fixture
+def start(home: Path) -> Callable[..., MultiTeacherKVTrainer]:
+    return lambda *overrides: build_trainer(load_recipe(home / "recipe.yaml", overrides))
+
+
+def losses_of(trainer: MultiTeacherKVTrainer) -> list[dict[str, float]]:
+    trainer.train()
+    return [{k: v for k, v in log.items() if k.startswith(("loss", "share", "grad_norm"))} for log in curve(trainer)]
+
+
+KV = ["--losses.kv_relation", "null", "--losses.kv.weight", "0.5", "--projector.dropout", "0"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["--training.gradient_accumulation_steps", "2", "--training.dataloader_num_workers", "1"],
+        KV,
+        [*KV, "--projector.direction", "teacher_to_student"],
+        ["--control.shuffle", "rows"],
+        ["--fusion", "{method: task_wise}", "--data.task", "'{prompt}'"],
+        ["--teachers.deep", "null"],
+    ],
+)
+def test_a_run_on_the_store_is_the_run_with_live_teachers(
+    home: Path, start, tmp_path: Path, settings: list[str]
+) -> None:
+    """To the rounding of float16, over more than two epochs of shuffled rows."""
+    stored = STORED
+    if {"--teachers.deep", "--fusion"} & set(settings):  # rows were left out for another set of shares
+        stored = STORED[:2] if "--teachers.deep" in settings else STORED
+        settings = [*settings, "--store.path", str(tmp_path / "store")]
+        precompute(load_recipe(home / "recipe.yaml", settings))
+    live, found = losses_of(start(*settings)), losses_of(start(*settings, *stored))
+    assert len(live) == len(found) == 7
+    for a, b in zip(live, found):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+
+
+def test_no_model_of_a_stored_teacher_is_loaded(home: Path, tmp_path: Path) -> None:
+    """Nor is any file of it looked at."""
+    for name in ("student", "store"):
+        shutil.copytree(home / name, tmp_path / name)
+    for name in TEACHERS:
+        (tmp_path / name).mkdir()
+    for name in ("recipe.yaml", "train.jsonl"):
+        shutil.copy(home / name, tmp_path / name)
+    trainer = build_trainer(load_recipe(tmp_path / "recipe.yaml", STORED))
+    assert [t.placement for t in trainer.teachers.values()] == ["stored", "stored"]
+    trainer.train()
+
+
+def test_half_the_bits_half_the_bytes(home: Path, tmp_path: Path) -> None:
+    records = [
+        precompute(load_recipe(home / "recipe.yaml", ["--store.path", str(tmp_path / bits), "--store.bits", bits,
+                                                      "--store.rows_per_shard", "64"]))
+        for bits in ("16", "8", "4")
+    ]  # fmt: skip
+    errors = [record["relative_error"] for record in records]
+    assert errors[0] < 1e-3 < errors[1] < 0.01 < errors[2] < 0.12
+    sizes = [record["bytes"] for record in records]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+# ---- what does not match, and what is damaged
+
+
+def copied(home: Path, tmp_path: Path) -> list[str]:
+    return [*STORED, "--store.path", str(shutil.copytree(home / "store", tmp_path / "store"))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--alignment.layers.method", "nearest"], "alignment.layers.method was .*relative_depth.*, is .*nearest"),
+        (["--teachers.fine.model", "other"], "teachers.fine.model was .*fine.*, is .*other"),
+        (["--teachers.fine.revision", "v2"], "teachers.fine.revision was not there, is .*v2"),
+        (["--student.tokenizer", "./deep"], "student.tokenizer was"),
+        (["--losses.codi.weight", "1"], "has no hidden states, which this recipe needs"),
+        (["--losses.logit_kd.weight", "1"], "has no logits, which this recipe needs"),
+        (["--losses.kv_relation.attention", "teacher"], "has no importance, which this recipe needs"),
+        (["--teachers.deep", "null"], "weights.deep was 1.0, is not there"),
+        (["--data.max_length", "12"], "Row 0 of the training data is not in the store of teacher 'deep'"),
+    ],
+)
+def test_a_store_of_something_else_is_refused(start, settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(*(STORED[:2] if "--teachers.deep" in settings else STORED), *settings)
+
+
+def test_another_fusion_is_refused_where_rows_were_left_out(home: Path, start, tmp_path: Path) -> None:
+    settings = copied(home, tmp_path)
+    record = json.loads((tmp_path / "store/store.json").read_text())
+    (tmp_path / "store/store.json").write_text(json.dumps({**record, "left_out": 3}))
+    with pytest.raises(ValueError, match='fusion.method was "confidence", is "uniform"'):
+        start(*settings, "--fusion", "{method: uniform}")
+    (tmp_path / "store/store.json").write_text(json.dumps({**record, "left_out": 0}))
+    start(*settings, "--fusion", "{method: uniform}")
+
+
+def test_a_damaged_shard_is_named_and_repaired_alone(home: Path, start, tmp_path: Path) -> None:
+    settings = copied(home, tmp_path)
+    shards = sorted((tmp_path / "store").rglob("*.safetensors"))
+    assert len(shards) == 6
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
+    shards[1].write_bytes(before[shards[1]][0][:-7])
+    with pytest.raises(ValueError, match=r"is damaged: deep/00001.safetensors; run kv-trainer precompute RECIPE --rep"):
+        start(*settings)
+    shards[4].write_bytes(b"\0" * len(before[shards[4]][0]))  # the same size: seen by --repair alone
+    recipe = load_recipe(home / "recipe.yaml", settings)
+    precompute(recipe, repair=True)
+    assert [path.stat().st_mtime_ns != before[path][1] for path in shards] == [i in (1, 4) for i in range(6)]
+    assert all(path.read_bytes() == before[path][0] for path in shards)
+    start(*settings).train()
+
+
+def test_an_interrupted_precompute_goes_on(home: Path, tmp_path: Path) -> None:
+    settings = copied(home, tmp_path)
+    (tmp_path / "store/store.json").unlink()
+    gone = tmp_path / "store/deep/00001.safetensors"
+    data = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(ValueError, match="has no store.json: run kv-trainer precompute RECIPE, to its end"):
+        build_trainer(load_recipe(home / "recipe.yaml", settings))
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*.safetensors")}
+    record = precompute(load_recipe(home / "recipe.yaml", settings))
+    assert gone.read_bytes() == data and all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    whole = json.loads((home / "store/store.json").read_text())
+    assert record["shards"] == whole["shards"] and record["relative_error"] == whole["relative_error"]
+
+
+def test_a_folder_of_another_store_is_left_alone(home: Path, tmp_path: Path) -> None:
+    settings = copied(home, tmp_path)
+    with pytest.raises(ValueError, match="holds a store of something else: bits was 16, is 8. Give a new store.path"):
+        precompute(load_recipe(home / "recipe.yaml", [*settings, "--store.bits", "8"]))
+
+
+def test_the_command_says_what_it_wrote(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "s")
+    assert main(["precompute", str(home / "recipe.yaml"), "--store.path", path]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "of the teachers' own keys and values in float16; error 0.0" in out
+    assert main(["precompute", str(home / "recipe.yaml"), "--store.path=null"]) == 2
+    assert "store.path is missing" in capsys.readouterr().err
+    assert main(["validate", str(home / "recipe.yaml"), *STORED, "--store.path=null"]) == 2
+    assert "teachers.deep.source on the command line is store; say where it is" in capsys.readouterr().err
