@@ -153,8 +153,8 @@ def finish(trainer: MultiTeacherKVTrainer, folder: Path, begun: dict[str, Any]) 
     size = sum(p.stat().st_size for p in files)
     raw, errors, squares = (sum(f[name] for f in figures) for name in ("raw_bytes", "errors", "squares"))
     record = {
-        **begun, "left_out": int(sum(f["left_out"] for f in figures)), "bytes": size, "share_of_raw": size / max(1.0, raw),
-        "relative_error": (errors / max(1e-12, squares)) ** 0.5,
+        **begun, "bytes": size, "share_of_raw": size / max(1.0, raw),
+        "left_out": int(sum(f["left_out"] for f in figures)), "relative_error": (errors / max(1e-12, squares)) ** 0.5,
         "shards": {str(p.relative_to(folder)): told(p) for p in files},
     }  # fmt: skip
     for name, teacher in trainer.teachers.items():
