@@ -116,11 +116,14 @@ class Calibration:
         training = student.training
         student.eval()
         batches = list(self.batches(self.first(ROWS)))
+        home, here = next(student.parameters()).device, batches[0]["input_ids"].device
+        student.to(here)  # ZeRO and FSDP leave it in host memory until they wrap it
         ours: list[KVStates] = []
         for batch in batches:
             with capture_kv(student) as capture:
                 student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 ours.append(capture.stop(batch["attention_mask"]))
+        student.to(home)
         student.train(training)
         found = {}
         for name, teacher in self.teachers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ from .files import folder_beside
 from .manifest import MANIFEST_FILE, check_match, last_whole, seal, what_is_missing
 
 logger = logging.getLogger(__name__)
+FULL = re.compile("PytorchStreamWriter|file write failed|DataLoader worker")  # torch's RuntimeErrors of a full disk
 BRIDGE_FILE = "kv_bridge.safetensors"
 
 
 class CheckpointTrainer(Trainer):
     """A Trainer whose model has a KVBridge, and whose checkpoints are whole or not there.
 
-    All files of one save appear at once, each whole. A checkpoint is sealed by its manifest, after all ranks have
+    Each file appears whole. A checkpoint is sealed by its manifest, after all ranks have
     written, and before an older checkpoint is deleted.
     """
 
     bridge: KVBridge
     manifest: dict[str, Any]
+    _checked: tuple[str, ...] = ()  # the checkpoint that was found to be whole and of this run
     use_cache: bool | None = None  # as the student's config had it: Trainer switches it off, and would save it so
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -39,7 +42,9 @@ class CheckpointTrainer(Trainer):
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # one that is written over is not whole meanwhile
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has RuntimeErrors for a full disk
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not FULL.search(str(error)):
+                raise
             raise OSError(f"{folder} could not be written, earlier checkpoints are whole: {error}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -52,12 +57,17 @@ class CheckpointTrainer(Trainer):
         trained_cache = getattr(self.model.config, "use_cache", None)
         if self.use_cache is not None:
             self.model.config.use_cache = self.use_cache
-        with folder_beside(Path(str(output_dir or self.args.output_dir))) as folder:
+        target = Path(str(output_dir or self.args.output_dir))
+        with folder_beside(target) as folder:
             super()._save(str(folder), state_dict=student)
             # A pickle of what recipe.yaml says, with a token and the name of this machine in it.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self.bridge.layer_maps:
                 save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / BRIDGE_FILE)
+            written = {path.name for path in folder.glob("model*.safetensors*")}
+        for old in target.glob("model*.safetensors*") if written else ():
+            if old.name not in written:  # of a save in another number of files
+                old.unlink()
         if trained_cache is not None:
             self.model.config.use_cache = trained_cache
 
@@ -93,10 +103,14 @@ class CheckpointTrainer(Trainer):
 
         ValueError if there is none, if it is not whole, or if it is of another run.
         """
+        if asked in self._checked:
+            return str(asked)
+        if self.args.save_only_model:
+            raise ValueError("training.save_only_model keeps no optimizer, so nothing can be resumed; leave it out.")
         if asked is True:
             output_dir = Path(str(self.args.output_dir))
             folder, passed = last_whole(output_dir)
-            for name, why in passed.items():
+            for name, why in passed.items() if self.is_world_process_zero() else ():
                 logger.warning("%s is passed by: %s.", output_dir / name, why)
             if folder is None:
                 raise ValueError(f"{output_dir} has no whole checkpoint to resume from; start without --resume.")
@@ -105,7 +119,9 @@ class CheckpointTrainer(Trainer):
             missing = what_is_missing(folder)
             if missing:
                 raise ValueError(f"{folder} is no whole checkpoint: {missing}.")
-        check_match(folder, self.manifest, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        check_match(folder, self.manifest, sharded, main=self.is_world_process_zero())
+        self._checked = (str(folder),)
         return str(folder)
 
 

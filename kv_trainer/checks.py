@@ -16,6 +16,12 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
     """Refuse what would be silently wrong, warn about what would be inert. weights: each teacher's own, by name."""
     for message in ignored(args, weights):
         logger.warning(message)
+    if args.n_gpu > 1:
+        logger.warning(
+            "One process sees %d GPUs and trains on the first; accelerate launch uses all of them. The others are free "
+            "for teachers with a device_map.", args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1  # else Trainer takes nn.DataParallel, whose replicas would share one bridge
     relation = args.losses.get("kv_relation")
     size = args.per_device_train_batch_size
     if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SAVING = ".saving-"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def beside(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A new folder inside `target`; its files move into `target`, each at once, when the block ends without an error.
+    """A new folder inside `target`; its files move into `target`, each whole, when the block ends without an error.
 
     What a killed process left of such a folder is removed first.
     """
@@ -39,8 +41,10 @@ def folder_beside(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, target / file.name)
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            place = target / file.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -50,7 +54,8 @@ def sweep(folder: Path) -> None:
     for left in folder.glob(f"{SAVING}*"):
         shutil.rmtree(left, ignore_errors=True)
     for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+        if left.is_file() and TEMPORARY.fullmatch(left.name):
+            left.unlink(missing_ok=True)
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

@@ -24,19 +24,27 @@ from .fusion import method_of
 
 if TYPE_CHECKING:
     from .arguments import MultiTeacherKVConfig
+    from .data import Reader
     from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
 MANIFEST_FILE = "kv_manifest.json"
 STATE_FILE = "trainer_state.json"
 SAMPLES = 1024
-FREE = ("losses", "seed", "step")  # what a resume may change, as long as it is told
+FREE = ("losses", "data", "seed", "step")  # what a resume may change, as long as it is told
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the name, shape and up to SAMPLES evenly spaced values of every parameter."""
+    """A hash of the name, shape and up to SAMPLES evenly spaced values of every parameter.
+
+    Of weights that a device_map left on disk or offloaded, name and shape alone.
+    """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            found.update(f"{name} {tuple(parameter.shape)}".encode())
+            continue
         flat = parameter.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // SAMPLES)].cpu()
         values = values.double() if values.is_floating_point() else values.long()
@@ -46,7 +54,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    if backend is None:
+        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:  # without what a call leaves behind
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        text = json.dumps(rules, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -56,16 +68,35 @@ def model_name(model: Any) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def describe_run(
-    student: Any, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Teacher], args: MultiTeacherKVConfig
-) -> dict[str, Any]:
-    """The manifest of a run, before it begins: plain values only."""
+def describe_student(student: Any, reader: Reader, peft: Any) -> dict[str, Any]:
+    config = student.config.to_dict() if hasattr(student, "config") else {}
+    shape = json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True, default=str)
+    adapters = {} if peft is None else {k: v for k, v in peft.to_dict().items() if k != "base_model_name_or_path"}
     return {
-        "student": {"architecture": type(student).__name__, "tokenizer": tokenizer_hash(tokenizer)},
+        "architecture": type(student).__name__, "config": hashlib.sha256(shape.encode()).hexdigest()[:16],
+        "trained": sum(p.requires_grad for p in student.parameters()), "tokenizer": tokenizer_hash(reader.tokenizer),
+        "chat": reader.chat, "peft": json.loads(json.dumps(adapters, sort_keys=True, default=plain)),
+    }  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Sets, in order, and enums, for JSON."""
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def describe_run(
+    student: Any, reader: Reader, teachers: Mapping[str, Teacher], args: MultiTeacherKVConfig, peft: Any = None
+) -> dict[str, Any]:
+    """The manifest of a run, before it begins: plain values only. peft: the config of adapters to come."""
+    data = {**asdict(args.data), "path": Path(args.data.path).name}
+    return {
+        "student": describe_student(student, reader, peft),
         "teachers": {name: teacher.describe() for name, teacher in teachers.items()},
         "alignment": asdict(args.alignment),
         "projector": asdict(args.projector),
         "fusion": {"method": method_of(args.fusion), **asdict(args.fusion)},
+        "control": asdict(args.control),
+        "data": data,
         "losses": {name: asdict(loss) for name, loss in args.losses.items()},
         "seed": args.seed,
         "step": {
@@ -110,7 +141,7 @@ def last_whole(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
     return None, passed
 
 
-def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool) -> None:
+def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: bool = True) -> None:
     """ValueError, with the difference, if a checkpoint is of another run than `manifest`.
 
     How a step is cut may change: that is told; sharded states (DeepSpeed, FSDP) are bound to their number of ranks.
@@ -120,6 +151,9 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool) -> Non
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
     saved = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(manifest))  # as JSON has it
+    for told in (saved, now):  # the hash of its weights says which teacher it is, wherever it came from
+        for teacher in told.get("teachers", {}).values():
+            teacher.pop("model", None), teacher.pop("revision", None)
     found = {key: differences(saved.get(key), now[key], key) for key in now}
     fixed = [line for key, lines in found.items() if key not in FREE for line in lines]
     if fixed:
@@ -127,7 +161,7 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool) -> Non
     free = [line for key in FREE for line in found[key]]
     if sharded and any(line.startswith("step.processes") for line in free):
         raise ValueError(f"{folder.name} is sharded over its processes: {'; '.join(found['step'])}. Resume on as many.")
-    if free:
+    if free and main:
         logger.warning(
             "%s: %s. Weights, optimizer and schedule go on; the rest of the run is not what it would have been.",
             folder.name, "; ".join(free),

@@ -25,10 +25,14 @@ def place(name: str, model: PreTrainedModel, placement: str, device: torch.devic
     time; embeddings and head whole. offloaded: in host memory, brought in for its own forward only, so that the device
     holds one teacher at a time. What a device_map dispatched, or bitsandbytes quantised, stays where it is.
     """
-    if placement == "dispatched" or getattr(model, "hf_device_map", None) is not None:
-        return "dispatched"
-    if is_quantised(model):
+    dispatched = placement == "dispatched" or getattr(model, "hf_device_map", None) is not None
+    if placement in ("sharded", "offloaded") and (dispatched or is_quantised(model)):
+        raise ValueError(f"Teacher '{name}' is quantised or dispatched, and stays as it is; leave out {placement}.")
+    several = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if is_quantised(model) and placement != "dispatched" and not several:
         check_quantised(name, model, device)
+    elif dispatched:
+        return "dispatched"
     elif placement == "sharded" and not (dist.is_initialized() and dist.get_world_size() > 1):
         logger.warning("teachers.%s.placement is sharded, but there is one process: it lies there whole.", name)
         placement = "replicated"
@@ -67,6 +71,13 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     for layer in getattr(parent, name):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     model.to(device)
+
+
+def entry(module: nn.Module) -> torch.device:
+    """Where a module takes its inputs: where accelerate's hook computes, or else where its weights lie."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    weights = next(module.parameters()).device
+    return weights if place is None else torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 @contextmanager

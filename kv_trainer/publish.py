@@ -139,7 +139,8 @@ class HubTrainer(CheckpointTrainer):
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
                 snapshot = self._snapshot(lambda to: stage_checkpoint(checkpoint, to))
-                jobs.append((snapshot, {**job, "commit_message": f"{message}, checkpoint", "path_in_repo": name}))
+                more = {"path_in_repo": name, "delete_patterns": "*"}  # what an earlier one left there
+                jobs.append((snapshot, {**job, "commit_message": f"{message}, checkpoint", **more}))
         except Exception as error:  # a full disk, a picture that cannot be drawn: no reason to lose the run
             logger.warning("%s could not be made ready for the Hub: %s: %s", checkpoint, type(error).__name__, error)
         started: Any = [self.hub.run_as_future(self._upload, *each, quiet=True) for each in jobs]

@@ -46,7 +46,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         write_text(folder / "recipe.yaml", asked)
     console = Console(quiet=not main)
     show_header(console, trainer)
-    checkpoint = trainer.find_checkpoint(True) if resume else None
+    wanted = args.resume_from_checkpoint or resume
+    checkpoint = trainer.find_checkpoint(wanted) if wanted else None
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     fit = trainer.train(resume_from_checkpoint=checkpoint)

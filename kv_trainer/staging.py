@@ -30,7 +30,8 @@ MODEL_FILES = (
 # What a run tells of itself.
 RUN_FILES = ("metrics.jsonl", "layers_*.json", "layers_*.png")
 RESULT_FILES = ("all_results.json", "curve.png", "routing*.json", "routing*.png", "README.md")
-NEVER = (TRAINING_ARGS_NAME, "README.md", ".*")  # in a checkpoint: a pickle with a token, PEFT's card with a path
+# In a checkpoint: a pickle with a token, PEFT's card with a path, and what a kill left.
+NEVER = (TRAINING_ARGS_NAME, "README.md", ".saving-*", ".*.tmp")
 LINKED = (".safetensors", ".pt", ".pth", ".bin")
 WORDS = ("tokenizer.json", "vocab*", "added_tokens.json", "special_tokens_map.json")  # a token may look like a path
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")

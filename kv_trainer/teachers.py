@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .data import IGNORED, Reader
 from .fusion import Fusion, FusionInputs, teacher_shares
 from .importance import attention_mass, importance
 from .manifest import fingerprint, model_name, tokenizer_hash
-from .placement import place, resident
+from .placement import entry, place, resident
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head, output_head, shared_tokens
 
@@ -62,6 +62,7 @@ class Teacher:
         self.head: Head | None = None
         self.placement = placement
         self.device: torch.device | None = None
+        self._present = False
         self._capture: KVCapture | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -76,10 +77,18 @@ class Teacher:
         """Put the weights where `placement` says, for a student on `device`. name: for messages."""
         self.placement, self.device = place(name, self.model, self.placement, device), device
 
-    def present(self, part: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block this part of the model is where it computes."""
-        offloaded = self.placement == "offloaded" and self.device is not None
-        return resident(part, self.device) if offloaded else nullcontext()
+    @contextmanager
+    def present(self, part: nn.Module) -> Iterator[None]:
+        """Inside the block this part of the model is where it computes; one inside another adds nothing."""
+        if self.placement != "offloaded" or self.device is None or self._present:
+            yield
+            return
+        self._present = True
+        try:
+            with resident(part, self.device):
+                yield
+        finally:
+            self._present = False
 
     def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
         """layers: those to capture. Without scores and final states the forward stops at the deepest of them."""
@@ -94,7 +103,7 @@ class Teacher:
 
             def made_here(hidden: Tensor) -> Tensor:
                 with self.present(weights):
-                    return head(hidden.to(next(weights.parameters()).device)).to(hidden.device)
+                    return head(hidden.to(entry(weights))).to(hidden.device)
 
             self.head = made_here
 
@@ -147,8 +156,8 @@ class Teacher:
         self._capture.stop_early = not whole and self.placement != "sharded"
         mask, last = text["attention_mask"], None
         with self.present(self.model):
-            entry = self.model.get_input_embeddings().weight.device
-            inputs = {k: text[k].to(entry) for k in ("input_ids", "attention_mask")}
+            start = entry(self.model.get_input_embeddings())
+            inputs = {k: text[k].to(start) for k in ("input_ids", "attention_mask")}
             self._capture.start()
             with suppress(StopForward):
                 last = self.model.base_model(**inputs, use_cache=False)[0]
@@ -164,12 +173,13 @@ class Teacher:
         assert self.head is not None
         counted = labels[:, 1:] != IGNORED
         each, surprise = [], []
-        for hidden, targets in zip(
-            last[:, :-1][counted].split(CHUNK), labels[:, 1:][counted].split(CHUNK), strict=True
-        ):
-            logs = F.log_softmax(self.head(hidden).float(), dim=-1)
-            each.append(-logs.gather(1, targets[:, None])[:, 0])
-            surprise.append(-(logs.exp() * logs).sum(1) / math.log(logs.shape[1]))
+        with self.present(self.model.get_output_embeddings()):  # once for all parts
+            for hidden, targets in zip(
+                last[:, :-1][counted].split(CHUNK), labels[:, 1:][counted].split(CHUNK), strict=True
+            ):
+                logs = F.log_softmax(self.head(hidden).float(), dim=-1)
+                each.append(-logs.gather(1, targets[:, None])[:, 0])
+                surprise.append(-(logs.exp() * logs).sum(1) / math.log(logs.shape[1]))
         kept = counted.sum(1)
         nll = spread(each, counted) * supervised / kept.clamp_min(1)
         return nll.masked_fill(kept == 0, 1e9), spread(surprise, counted) / kept.clamp_min(1)

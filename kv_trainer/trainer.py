@@ -92,7 +92,7 @@ class MultiTeacherKVTrainer(HubTrainer):
                 else resolve_teacher(name, t, processing_class, args.device)
                 for name, t in (teachers or {}).items()
             }  # fmt: skip
-        self.manifest = describe_run(student, processing_class, self.teachers, args)  # while teachers are whole
+        self.manifest = describe_run(student, reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
@@ -101,6 +101,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.bridge = KVBridge(
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
+        self.manifest["bridge"] = {name: list(tensor.shape) for name, tensor in self.bridge.state_dict().items()}
         for name, teacher in self.teachers.items():
             teacher.place(name, args.device)
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
@@ -140,6 +141,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             callbacks=[*ours, *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled:  # with accelerate's own default, shards, no student would be written at all
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         if self.monitor.measures and (self.is_fsdp_enabled or zero_stage(self.accelerator) == 3):
             raise ValueError(
                 "gradient_share and monitor.loss_scales_every measure gradients of whole parameters, which ZeRO-3 and "

@@ -30,6 +30,7 @@ def output_head(model: PreTrainedModel) -> Head:
         probe = torch.arange(2, device=model.device)[None]
         theirs = model(input_ids=probe, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=probe, use_cache=False)[0]).float()
+    ours = ours.to(theirs.device)  # a device_map may have them apart
     if (theirs - ours).abs().max() > 1e-2 * theirs.abs().max().clamp_min(1e-6):
         raise ValueError(
             f"The logits of model_type '{config.model_type}' are not its head on its last hidden states, so a sample's "
