@@ -13,6 +13,10 @@ done
 for fusion in uniform entropy task_wise similarity router govern min_norm; do
   train --quick --fusion.method $fusion --training.output_dir "$out/$fusion"
 done
+train --quick --alignment.layers.method cka --training.output_dir "$out/cka"
+train --quick --teachers.chain.placement offloaded --training.output_dir "$out/offloaded"
+python -m kv_trainer precompute recipes/quickstart/two_teachers.yaml --store.path "$out/store"
+train --store.path "$out/store" --teachers.chain.source store --teachers.letters.source store --training.output_dir "$out/stored"
 train --training.output_dir "$out/two_teachers"
 python benchmarks/step_time.py
 python benchmarks/attention_weighting.py --device cuda

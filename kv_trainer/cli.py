@@ -89,6 +89,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> int:
     from .run import train as run_train
 
     run_train(recipe, resume=options.resume)
+    leave_together()
     return 0
 
 
@@ -126,6 +127,7 @@ def precompute(options: argparse.Namespace, overrides: list[str]) -> int:
     from .store.precompute import precompute as run_precompute
 
     run_precompute(recipe, options.repair)
+    leave_together()
     return 0
 
 
@@ -158,6 +160,15 @@ def methods(options: argparse.Namespace, overrides: list[str]) -> int:
 
     print_methods(options.section)
     return 0
+
+
+def leave_together() -> None:
+    """A rank that exits while another still talks to it would make that one fail at the very end."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def load(path: str, overrides: list[str], quick: bool = False) -> Recipe:
