@@ -64,6 +64,7 @@ class Teacher:
         self.device: torch.device | None = None
         self._present = False
         self._capture: KVCapture | None = None
+        self._compiled: Callable[..., Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """For the manifest of a run, while the weights are whole."""
@@ -106,6 +107,10 @@ class Teacher:
                     return head(hidden.to(entry(weights))).to(hidden.device)
 
             self.head = made_here
+
+    def compile(self, backend: str | None, mode: str | None) -> None:
+        """Run the backbone as one graph from now on; it then goes through all layers, also above the deepest wanted."""
+        self._compiled = torch.compile(self.model.base_model, backend=backend or "inductor", mode=mode)
 
     def vocabulary(self, students: PreTrainedTokenizerBase) -> tuple[Head, Tensor | None, Tensor | None]:
         """The head, and the ids of the tokens shared with the student's tokenizer (None, None: all of them)."""
@@ -153,14 +158,15 @@ class Teacher:
         """Captured states and, of a whole forward, the last hidden states [B, S, C]."""
         assert self._capture is not None, "prepare comes first"
         # Layers that are dealt out are gathered by all ranks together: none may stop where another goes on.
-        self._capture.stop_early = not whole and self.placement != "sharded"
+        self._capture.stop_early = not whole and self.placement != "sharded" and self._compiled is None
         mask, last = text["attention_mask"], None
         with self.present(self.model):
             start = entry(self.model.get_input_embeddings())
             inputs = {k: text[k].to(start) for k in ("input_ids", "attention_mask")}
             self._capture.start()
             with suppress(StopForward):
-                last = self.model.base_model(**inputs, use_cache=False)[0]
+                backbone = self.model.base_model if self._compiled is None else self._compiled
+                last = backbone(**inputs, use_cache=False)[0]
             states = self._capture.stop(mask)
         return states.to(mask.device), None if last is None or not whole else last.to(mask.device)
 

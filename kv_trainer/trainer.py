@@ -40,7 +40,7 @@ from .resolve import (
 )
 from .routing import RoutingLog
 from .store.teacher import StoredTeacher, open_teacher
-from .teachers import TeacherPanel
+from .teachers import Teacher, TeacherPanel
 
 
 class MultiTeacherKVTrainer(HubTrainer):
@@ -105,6 +105,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         for name, teacher in self.teachers.items():
             teacher.place(name, args.device)
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
+            if args.torch_compile and isinstance(teacher, Teacher) and teacher.placement == "replicated":
+                teacher.compile(args.torch_compile_backend, args.torch_compile_mode)
             if self.bridge.teacher_needs().final:
                 self.bridge.heads[name] = teacher.vocabulary(processing_class)
         self.bridge.attach(student)

@@ -192,7 +192,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_student_is_one_graph_and_learns_the_same(world: World, tmp_path: Path, compiler: None) -> None:
+def test_compiled_models_are_one_graph_each_and_teach_the_same(
+    world: World, tmp_path: Path, compiler: None
+) -> None:
     """Every loss at once, a weight that follows the gradient, and not one graph break."""
     losses = {n: LOSSES[n]() for n in LOSSES} | {"kv_relation": KVRelationLoss(weight=GradientShare(every=2))}
     batch = {"per_device_train_batch_size": len(world.encoded)}  # one shape, one graph
@@ -202,7 +204,8 @@ def test_compiled_student_is_one_graph_and_learns_the_same(world: World, tmp_pat
     compiled = trained(world, tmp_path, losses, torch_compile_backend="aot_eager", **batch)
     counters = torch._dynamo.utils.counters
     assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
-    assert not counters["graph_break"] and 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+    assert 3 <= counters["stats"]["unique_graphs"] <= 4  # the student, once more while it is measured, two teachers
     assert_same_run(plain, compiled, tolerance=1e-5)
 
 
