@@ -26,7 +26,7 @@ from kv_trainer.arguments import ProjectorConfig
 from kv_trainer.losses import CrossEntropy, KVLoss
 from kv_trainer.manifest import last_whole
 
-BY_FILE, BY_TIME, STEPS = 14, 10, 240
+BY_FILE, BY_TIME, STEPS = 16, 6, 150
 Losses = {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5)}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
             train(folder, resume=before is not None)
             os._exit(0)
         if BY_FILE <= attempt < BY_FILE + BY_TIME:
-            time.sleep(draw.uniform(1.2, 2.5))
+            time.sleep(draw.uniform(1.0, 1.8))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         after, passed = last_whole(folder)
