@@ -33,7 +33,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/kv-trainer train recipes/quickstart/two_teachers.yaml
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 WHOLE = ("DDP", "ZeRO-3", "FSDP2")
 MAIN = [name for name in CASES if name.startswith(("relation", "projectors", "saved", "resumed"))]
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 
 @pytest.fixture(scope="session")

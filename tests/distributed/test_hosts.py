@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from two_hosts import available, run_on_both
 
 pytestmark = [
-    pytest.mark.distributed, pytest.mark.slow,
+    pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("distributed"),
     pytest.mark.skipif(not available(), reason="needs root and network namespaces"),
 ]  # fmt: skip
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "2", "--num_processes", "2",
