@@ -86,16 +86,18 @@ class MultiTeacherKVTrainer(HubTrainer):
         with whole_weights(args):
             student, processing_class, chat = resolve_student(model, processing_class)
             self.reader = reader = Reader(processing_class, chat)
+            teachers = dict(teachers or {})
+            shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
+            weights = {name: getattr(t, "weight", 1.0) for name, t in teachers.items()}
             self.teachers = {
-                name: open_teacher(name, t, args, reader, {n: getattr(x, "weight", 1.0) for n, x in teachers.items()})
+                name: open_teacher(name, t, args, reader, shape.num_layers, weights)
                 if isinstance(t, TeacherConfig) and t.source == "store"
                 else resolve_teacher(name, t, processing_class, args.device)
-                for name, t in (teachers or {}).items()
-            }  # fmt: skip
+                for name, t in teachers.items()
+            }
         self.manifest = describe_run(student, reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
-        shape: Any = kv_shape(student) if self.teachers else None  # without teachers any model can be trained
         if peft_config is not None:
             student = add_adapters(student, peft_config)
         self.bridge = KVBridge(

@@ -177,16 +177,25 @@ def copied(home: Path, tmp_path: Path) -> list[str]:
         (["--teachers.fine.model", "other"], "teachers.fine.model was .*fine.*, is .*other"),
         (["--teachers.fine.revision", "v2"], "teachers.fine.revision was not there, is .*v2"),
         (["--student.tokenizer", "./deep"], "student.tokenizer was"),
+        (["--student.keep_layers", "[0]"], "student.layers was 2, is 1"),
+        (["--data.teacher_text", "{fine: 'another text'}"], "teachers.fine.text.teacher_text was not there, is"),
+        (["--data.train_on_prompt", "true"], "teachers.deep.text.train_on_prompt was false, is true"),
         (["--losses.codi.weight", "1"], "has no hidden states, which this recipe needs"),
         (["--losses.logit_kd.weight", "1"], "has no logits, which this recipe needs"),
         (["--losses.kv_relation.attention", "teacher"], "has no importance, which this recipe needs"),
         (["--teachers.deep", "null"], "weights.deep was 1.0, is not there"),
-        (["--data.max_length", "12"], "Row 0 of the training data is not in the store of teacher 'deep'"),
+        (["--data.max_length", "12"], "teachers.deep.text.max_length was 1024, is 12"),
     ],
 )
 def test_a_store_of_something_else_is_refused(start, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start(*(STORED[:2] if "--teachers.deep" in settings else STORED), *settings)
+
+
+def test_other_rows_are_refused(home: Path, start, tmp_path: Path) -> None:
+    Dataset.from_list([{**ROWS[0], "prompt": "another question?"}, *ROWS]).to_json(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="Row 0 of the training data is not in the store of teacher 'deep'"):
+        start(*STORED, "--data.path", str(tmp_path / "rows.jsonl"))
 
 
 def test_another_fusion_is_refused_where_rows_were_left_out(home: Path, start, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..manifest import differences, tokenizer_hash
 from ..run import build_trainer
 from ..trainer import MultiTeacherKVTrainer
 from .shards import RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
+from .teacher import what_is_read
 
 BEGUN = "begun.json"  # what a store is being made of, until store.json is written
 
@@ -37,8 +39,9 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     if not recipe.teachers:
         raise ValueError("The recipe has no teachers, so there is nothing to store.")
     live = {name: replace(teacher, source="live") for name, teacher in recipe.teachers.items()}
-    recipe.args.data.eval_split = None
-    trainer = build_trainer(replace(recipe, teachers=live))
+    args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
+    args.data = replace(args.data, eval_split=None)
+    trainer = build_trainer(replace(recipe, teachers=live, args=args))
     folder, console = Path(store.path), Console(quiet=not trainer.is_world_process_zero())
     begun = describe(trainer, recipe)
     check_same(folder, begun)
@@ -74,7 +77,8 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     teachers = {
         name: {
             **{k: v for k, v in teacher.describe().items() if k != "weight"},
-            "asked_revision": recipe.teachers[name].revision,
+            "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
+            "text": what_is_read(args.data, name),
             "shape": {**asdict(teacher.shape), "num_layers": shape.num_layers, "kv_layers": [], "aligned": False},
             "scores": len(trainer.teachers) > 1, "importance": needs.importance,
         }
@@ -83,7 +87,10 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     return {
         "format": 1, "bits": args.store.bits, "rows_per_shard": args.store.rows_per_shard,
         "rows": len(trainer.train_dataset), "teachers": teachers, "alignment": asdict(args.alignment),
-        "student": {"tokenizer": tokenizer_hash(trainer.processing_class), "layers": shape.num_layers},
+        "student": {
+            "tokenizer": tokenizer_hash(trainer.processing_class), "chat": trainer.reader.chat,
+            "layers": shape.num_layers,
+        },
         "fusion": {"method": method_of(fusion), **asdict(fusion)},
         "weights": {name: teacher.weight for name, teacher in trainer.teachers.items()},
     }  # fmt: skip

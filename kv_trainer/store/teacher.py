@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..arguments import MultiTeacherKVConfig, TeacherConfig
+from ..arguments import DataConfig, MultiTeacherKVConfig, TeacherConfig
 from ..data import Reader
 from ..fusion import method_of
 from ..manifest import differences, tokenizer_hash
@@ -45,9 +44,6 @@ class StoredTeacher:
 
     def place(self, name: str, device: torch.device) -> None:
         """Nothing lies anywhere."""
-
-    def present(self, part: Any) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
         """ValueError for what is not stored."""
@@ -97,12 +93,19 @@ class StoredTeacher:
         return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
 
 
+def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
+    """The settings that decide which text a teacher reads, besides the rows themselves."""
+    ours = ("prompt", "response", "answer", "answer_markers", "max_length", "truncation_side", "train_on_prompt")
+    return {key: getattr(data, key) for key in ours} | {"teacher_text": data.teacher_text.get(name)}
+
+
 def open_teacher(
-    name: str, given: TeacherConfig, args: MultiTeacherKVConfig, reader: Reader, weights: Mapping[str, float]
-) -> StoredTeacher:
+    name: str, given: TeacherConfig, args: MultiTeacherKVConfig, reader: Reader, layers: int,
+    weights: Mapping[str, float],
+) -> StoredTeacher:  # fmt: skip
     """The stored teacher that a recipe asks for. ValueError if the store is damaged, or of anything else.
 
-    weights: of all teachers of the recipe, by name.
+    layers: how many of the student's have keys and values. weights: of all teachers of the recipe, by name.
     """
     folder = Path(str(args.store.path))
     record = read_record(folder)
@@ -110,13 +113,19 @@ def open_teacher(
         raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
     now = {
         "alignment": asdict(args.alignment),
-        "student": {**record["student"], "tokenizer": tokenizer_hash(reader.tokenizer)},
-        "teachers": {name: {"model": Path(str(given.model)).name, "revision": given.revision}},
-    }
+        "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
+        "teachers": {name: {
+            "model": Path(str(given.model)).name, "revision": given.revision, "chat": given.chat,
+            "text": what_is_read(args.data, name),
+        }},
+    }  # fmt: skip
     told = record["teachers"][name]
     saved = {
         "alignment": record["alignment"], "student": record["student"],
-        "teachers": {name: {"model": Path(told["model"]).name, "revision": told["asked_revision"]}},
+        "teachers": {name: {
+            "model": Path(told["model"]).name, "revision": told["asked_revision"], "chat": told["chat"],
+            "text": told["text"],
+        }},
     }  # fmt: skip
     if record["left_out"]:  # which rows a teacher is not asked for is up to the fusion of them all
         now |= {"fusion": {"method": method_of(args.fusion), **asdict(args.fusion)}, "weights": dict(weights)}
