@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .arguments import StudentConfig
 from .recipe_tree import Node, RecipeError
-from .recipe_values import build, mapping, suggest, unknown
+from .recipe_values import build, mapping, plain, suggest, unknown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -138,3 +138,13 @@ def students_peft(model: Any, given: Any) -> Any:
     config = peft_config(section)
     config.revision = model.revision
     return config
+
+
+def peft_section(config: Any) -> dict[str, Any]:
+    """A peft config as `student.peft`: its type, and what differs from the defaults of its class."""
+    usual, section = type(config)(), {"type": str(getattr(config.peft_type, "value", config.peft_type)).lower()}
+    for name in {known.name for known in dataclasses.fields(config)} - set(SET_HERE):
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            section[name] = plain(sorted(value) if isinstance(value, set) else value)
+    return dict(sorted(section.items()))

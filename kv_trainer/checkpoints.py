@@ -27,8 +27,8 @@ BRIDGE_FILE = "kv_bridge.safetensors"
 class CheckpointTrainer(Trainer):
     """A Trainer whose model has a KVBridge, and whose checkpoints are whole or not there.
 
-    Each file appears whole. A checkpoint is sealed by its manifest, after all ranks have
-    written, and before an older checkpoint is deleted.
+    Each file appears whole. A checkpoint is sealed by its manifest, after all ranks have written, and before an older
+    checkpoint is deleted.
     """
 
     bridge: KVBridge

@@ -14,9 +14,7 @@ from .recipe_tree import SECTIONS
 from .version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from .arguments import ModelConfig, Recipe
+    from .arguments import Recipe
 
 OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, --section.key=value, --section null."
 OVERRIDDEN = re.compile(rf"--(\w[^=]*\.|({'|'.join(SECTIONS)})(=|$))")
@@ -104,6 +102,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
     from .checks import ignored
+    from .model_checks import check_models
 
     failed = False
     for path in options.recipes:
@@ -200,41 +199,6 @@ def summary(recipe: Recipe) -> str:
     losses = [f"{name} x {loss.described_weight}" for name, loss in recipe.args.losses.items()]
     student = recipe.student.model or f"{recipe.student.config} (random weights)"
     return f"ok {recipe.path}: student {student}; teachers {', '.join(teachers) or 'none'}; losses {', '.join(losses)}"
-
-
-def check_models(recipe: Recipe) -> None:
-    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change."""
-    for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
-        place = f"{where} of {recipe.path}"
-        tokenizer = check_tokenizer(model, place)
-        shape = model.model or getattr(model, "config", None)
-        if not shape or not os.path.exists(shape):
-            continue
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(shape, trust_remote_code=model.trust_remote_code).get_text_config()
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"{place}: the tokenizer has {len(tokenizer)} tokens, {shape} only {config.vocab_size}; give its own."
-            )
-        kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
-        if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
-            raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
-
-
-def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local folder, or None where it is not local."""
-    name = model.tokenizer or model.model
-    if not name or not os.path.exists(name):
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")
-    if model.chat and not tokenizer.chat_template:
-        raise ValueError(f"{place}: chat is true, but the tokenizer {name} has no chat template; set chat: false.")
-    return tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:

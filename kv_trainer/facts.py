@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Mapping
 from copy import copy
@@ -15,10 +14,9 @@ import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import TrainingArguments
 
-from .adapters import SET_HERE
+from .adapters import peft_section
 from .arguments import ModelConfig, MultiTeacherKVConfig, Recipe, StudentConfig, TeacherConfig
 from .callbacks import METRICS_FILE, read_metrics
-from .recipes import plain
 from .teachers import Teacher
 from .version import __version__
 
@@ -53,10 +51,8 @@ def hardware(args: TrainingArguments) -> str:
         device = torch.cuda.get_device_name(args.device)
     else:
         device = f"CPU ({platform.machine()})" if kind == "cpu" else kind.upper()
-    # One process of DataParallel drives several devices, a process of DDP one.
-    count = args.world_size * max(1, args.n_gpu)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, kv_trainer {__version__}"
-    return f"{count} x {device}, {versions}"
+    return f"{args.world_size} x {device}, {versions}"
 
 
 def seconds_trained(output_dir: Path) -> float | None:
@@ -98,13 +94,3 @@ def config_of(kind: type[ModelConfig], given: Any) -> Any:
         return kind(model=given)
     model = given.model if isinstance(given, Teacher) else given[0] if isinstance(given, tuple) else given
     return kind(model=getattr(getattr(model, "config", None), "name_or_path", None) or None)
-
-
-def peft_section(config: Any) -> dict[str, Any]:
-    """A peft config as `student.peft`: its type, and what differs from the defaults of its class."""
-    usual, section = type(config)(), {"type": str(getattr(config.peft_type, "value", config.peft_type)).lower()}
-    for name in {known.name for known in dataclasses.fields(config)} - set(SET_HERE):
-        value = getattr(config, name)
-        if value != getattr(usual, name):
-            section[name] = plain(sorted(value) if isinstance(value, set) else value)
-    return dict(sorted(section.items()))

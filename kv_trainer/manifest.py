@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .adapters import peft_section
 from .files import write_text
 from .fusion import method_of
 
@@ -71,17 +72,11 @@ def model_name(model: Any) -> str:
 def describe_student(student: Any, reader: Reader, peft: Any) -> dict[str, Any]:
     config = student.config.to_dict() if hasattr(student, "config") else {}
     shape = json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True, default=str)
-    adapters = {} if peft is None else {k: v for k, v in peft.to_dict().items() if k != "base_model_name_or_path"}
     return {
         "architecture": type(student).__name__, "config": hashlib.sha256(shape.encode()).hexdigest()[:16],
         "trained": sum(p.requires_grad for p in student.parameters()), "tokenizer": tokenizer_hash(reader.tokenizer),
-        "chat": reader.chat, "peft": json.loads(json.dumps(adapters, sort_keys=True, default=plain)),
+        "chat": reader.chat, "peft": {} if peft is None else peft_section(peft),
     }  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """Sets, in order, and enums, for JSON."""
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
 
 
 def describe_run(

@@ -1,4 +1,4 @@
-"""Nodes as typed values and dataclasses: what fits a type hint, and how it is told what does not."""
+"""Nodes as typed values and dataclasses, and back: what fits a type hint, and how it is told what does not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal
 
@@ -169,3 +169,16 @@ def build(cls: type, node: Node, path: str) -> Any:
 def is_path(cls: type, key: str) -> bool:
     model = issubclass(cls, ModelConfig) and key in ("model", "config", "tokenizer")
     return model or (cls in (DataConfig, StoreConfig) and key == "path")
+
+
+def plain(value: Any) -> Any:
+    """Enums, dataclasses, AcceleratorConfig and containers as YAML can hold them; a token is left out."""
+    if isinstance(value, Enum):
+        return value.value
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if not str(key).endswith("token")}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,7 +12,6 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .losses import LOSSES, CrossEntropy, DistillationLoss
 from .quick import quick_preset
 from .recipe_checks import check
 from .recipe_tree import NESTED, SECTIONS, Node, RecipeError, merge, read_file, read_overrides
-from .recipe_values import blame, build, coerce, mapping, suggest, unknown
+from .recipe_values import blame, build, coerce, mapping, plain, suggest, unknown
 
 __all__ = ["RecipeError", "dump_recipe", "load_recipe", "save_recipe"]
 
@@ -196,14 +195,3 @@ def changed_training(args: TrainingArguments) -> dict[str, Any]:
         if value != plain(default) or field.name in TRAINING_DEFAULTS or field.name == "output_dir":
             changed[field.name] = value
     return changed
-
-
-def plain(value: Any) -> Any:
-    """Enums, AcceleratorConfig and containers as YAML can hold them; entries named as a token are left out."""
-    if isinstance(value, Enum):
-        return value.value
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if not str(key).endswith("token")}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -165,7 +165,10 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
         """The micro-batches of one step, their supervised tokens, and (kept here) their samples, over all ranks."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch; torch tells of the rest
+            raise RuntimeError(f"A DataLoader worker exited unexpectedly while it sent a batch ({error}).") from error
         samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
         if self.args.world_size > 1:
             samples = self.accelerator.gather(samples).sum()

@@ -1,0 +1,40 @@
+"""What can be told of a recipe's models without their weights: from configs and tokenizers in local folders."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from .arguments import ModelConfig, Recipe
+
+
+def check_models(recipe: Recipe) -> None:
+    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change."""
+    for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+        place = f"{where} of {recipe.path}"
+        tokenizer = check_tokenizer(model, place)
+        shape = model.model or getattr(model, "config", None)
+        if not shape or not os.path.exists(shape):
+            continue
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=model.trust_remote_code).get_text_config()
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{place}: the tokenizer has {len(tokenizer)} tokens, {shape} only {config.vocab_size}; give its own."
+            )
+        kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
+        if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
+            raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
+
+
+def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local folder, or None where it is not local."""
+    name = model.tokenizer or model.model
+    if not name or not os.path.exists(name):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")
+    if model.chat and not tokenizer.chat_template:
+        raise ValueError(f"{place}: chat is true, but the tokenizer {name} has no chat template; set chat: false.")
+    return tokenizer
