@@ -21,30 +21,33 @@ ROOT = HERE.parents[1]
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}
 # case -> what train.py makes of it
 CASES: dict[str, dict[str, Any]] = {
-    "relation, one teacher": {"losses": "relation", "teachers": 1},
-    "relation, two teachers": {"losses": "relation", "teachers": 2},
-    "relation, checkpointing": {"losses": "relation", "teachers": 2, "options": {"gradient_checkpointing": True}},
-    "projectors, one teacher": {"losses": "projectors", "teachers": 1},
-    "projectors, two teachers": {"losses": "projectors", "teachers": 2},
-    "projectors, checkpointing": {"losses": "projectors", "teachers": 2, "options": {"gradient_checkpointing": True}},
-    "accumulation": {
-        "losses": "projectors", "teachers": 2, "batch": 2, "options": {"gradient_accumulation_steps": 2},
+    "relation, one teacher, checkpointing": {
+        "losses": "relation", "teachers": 1, "options": {"gradient_checkpointing": True},
     },
-    "gathered relation": {"losses": "gathered", "teachers": 2},
-    "learned router": {"losses": "projectors", "teachers": 2, "fusion": "router", "direction": "teacher_to_student"},
-    "fusion of targets": {"losses": "relation", "teachers": 2, "fusion": "min_norm"},
-    "sharded teachers": {"losses": "projectors", "teachers": 2, "placement": "sharded"},
-    "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
-    "models by name": {"losses": "projectors", "teachers": 2, "by_name": True},
-    "best checkpoint, loaded at the end": {  # turned around, so that it is not the last
+    "relation, two teachers": {"losses": "relation", "teachers": 2},
+    "projectors, one teacher": {"losses": "projectors", "teachers": 1},
+    "projectors, two teachers, checkpointing": {
+        "losses": "projectors", "teachers": 2, "options": {"gradient_checkpointing": True},
+    },
+    "saved on the way, the best loaded at the end": {  # turned around, so that it is not the last
         "losses": "projectors", "teachers": 2, "evaluate": True,
-        "options": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "options": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, **ADAM,
                     "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True},
     },
     "saved on the way": {
         "losses": "projectors", "teachers": 2, "options": {"save_strategy": "steps", "save_steps": 2, **ADAM},
     },
     "resumed": {"losses": "projectors", "teachers": 2, "resume": "saved on the way/checkpoint-2", "options": ADAM},
+    "accumulation, learned router": {
+        "losses": "projectors", "teachers": 2, "fusion": "router", "direction": "teacher_to_student", "batch": 2,
+        "options": {"gradient_accumulation_steps": 2},
+    },
+    "gathered relation": {"losses": "gathered", "teachers": 2},
+    "fusion of targets": {"losses": "relation", "teachers": 2, "fusion": "min_norm"},
+    "sharded teachers, models by name": {
+        "losses": "projectors", "teachers": 2, "placement": "sharded", "by_name": True,
+    },
+    "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
 }  # fmt: skip
 ZERO = {"ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-3 offload": "zero3_offload.json"}
 BACKENDS: dict[str, dict[str, str]] = {
@@ -58,27 +61,34 @@ BACKENDS: dict[str, dict[str, str]] = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
 }  # fmt: skip
+ONE = "one process"
 WRAPPED = {"DDP": "DistributedDataParallel", "FSDP2": "FSDPLlamaForCausalLM"}
-SECONDS = 400
+SECONDS = 900
 Result = tuple[dict[str, Any], dict[str, Any]]
 
 
-def launch(folder: Path, backend: str | None, cases: dict[str, dict[str, Any]] = CASES) -> None:
-    """Run cases in `folder`, in one process (None) or in two; RuntimeError with the last lines of a run that fails."""
-    folder.mkdir(parents=True)
+def launch(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Run cases in folder/backend/case, `ONE` in one process, the others in two. train.py leaves a log.txt each."""
+    folder.mkdir(parents=True, exist_ok=True)
     job = folder / "job.json"
-    job.write_text(json.dumps({"folder": str(folder), "cases": cases}))
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if backend else []
+    several = [{
+        "folder": str(folder / backend), "cases": {name: CASES[name] for name in cases},
+        "processes": 1 if backend == ONE else 2, "environment": BACKENDS.get(backend, {}),
+    } for backend, cases in runs.items()]  # fmt: skip
+    job.write_text(json.dumps(several))
     own = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PYTEST_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment |= BACKENDS[backend] if backend else {}
-    command = [sys.executable, *several, str(HERE / "train.py"), str(job)]
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=SECONDS, cwd=ROOT)
-    if done.returncode:
-        said = [line for line in (folder / "log.txt").read_text().splitlines() if "Error" in line]
-        raise RuntimeError(f"{backend or 'one process'} failed, see {folder / 'log.txt'}:\n" + "\n".join(said[:5]))
+    subprocess.run([sys.executable, str(HERE / "train.py"), str(job)], env=environment, timeout=SECONDS, cwd=ROOT)
+
+
+def complaint(folder: Path) -> str | None:
+    """Why a backend did not run to its end, or None."""
+    if (folder / "done").exists():
+        return None
+    log = folder / "log.txt"
+    said = [line for line in log.read_text().splitlines() if "Error" in line] if log.exists() else ["it never began"]
+    return f"see {log}:\n" + "\n".join(said[:5])
 
 
 def result(folder: Path) -> Result:
@@ -108,11 +118,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for backend in (None, *options.backends):
-            launch(folder / (backend or "one"), backend)
+        launch(folder, {backend: list(CASES) for backend in (ONE, *options.backends)})
+        for backend in (ONE, *options.backends):
+            if wrong := complaint(folder / backend):
+                raise SystemExit(f"{backend} failed, {wrong}")
         print(f"| | {' | '.join(options.backends)} |\n|---{'|---' * len(options.backends)}|")
         for case in CASES:
-            cells = [difference(result(folder / "one" / case), result(folder / b / case)) for b in options.backends]
+            cells = [difference(result(folder / ONE / case), result(folder / b / case)) for b in options.backends]
             print(f"| {case} | {' | '.join(f'{x:.1e}' for x in cells)} |")
 
 

@@ -1,15 +1,20 @@
-"""One process of a run over several: torchrun train.py JOB.json. Not a test: test_backends.py starts it.
+"""Runs over one process or two, one after another: train.py JOB.json. Not a test: test_backends.py starts it.
 
-JOB.json: {"folder": where results go, "cases": {name: {"losses", "teachers", "options", "resume", ...}}}. Every case
-leaves a folder with its logs, what wrapped the student, and the final model.
+JOB.json: [{"folder": where results go, "processes", "environment", "cases": {name: {"losses", "teachers", ...}}}]. Each
+case leaves a folder with its logs, what wrapped the student, and the final model; a run of them all, a file `done`.
+Every rank is a fork of this process, which has imported everything and started no thread, so that it begins at once;
+the launchers themselves are tried by test_faults.py and test_hosts.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from datasets import Dataset
 from helpers_models import build_model, build_tokenizer
 from helpers_trainer import ROWS, World
 
-from kv_trainer.arguments import EvaluationConfig, ProjectorConfig
+from kv_trainer.arguments import EvaluationConfig, ProjectorConfig, TeacherConfig
 from kv_trainer.data import Reader
 from kv_trainer.fusion import FUSIONS
 from kv_trainer.losses import CrossEntropy, DistillationLoss, GradientShare, KVLoss, KVRelationLoss, LogitKD
@@ -64,12 +69,14 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
     if "direction" in case:
         options["projector"] = ProjectorConfig(dropout=0.0, direction=case["direction"])
     teachers = dict(list(world.teachers().items())[: case["teachers"]])
-    if "placement" in case:
-        teachers = {n: Teacher(m, Reader(own), placement=case["placement"]) for n, (m, own) in teachers.items()}
+    place = {"placement": case["placement"]} if "placement" in case else {}
     if "by_name" in case:
         models = {"student": (world.student(), world.tokenizer(40)), **teachers}
         names = save(models, folder / "models")
-        options["student"], teachers = names.pop("student"), names
+        options["student"] = names.pop("student")
+        teachers = {name: TeacherConfig(model=model, **place) for name, model in names.items()}
+    elif place:
+        teachers = {n: Teacher(m, Reader(own), **place) for n, (m, own) in teachers.items()}
     rows = Dataset.from_list([{**row, "answer": "4"} for row in ROWS[:4]]) if "evaluate" in case else None
     if rows is not None:
         options["evaluation"] = EvaluationConfig(max_new_tokens=4)
@@ -99,10 +106,10 @@ def save(models: dict[str, Any], folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in models}
 
 
-def main() -> None:
+def run(job: dict[str, Any]) -> None:
+    """All cases, as one rank of them."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    job = json.loads(Path(sys.argv[1]).read_text())
     world = (FSDPWorld if "ACCELERATE_USE_FSDP" in os.environ else World)(build_model, build_tokenizer)
     for name, case in job["cases"].items():
         train(world, Path(job["folder"]) / name, case)
@@ -110,6 +117,49 @@ def main() -> None:
             dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fork(job: dict[str, Any], rank: int, port: int) -> int:
+    """A rank; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(Path(job["folder"]) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.environ.update(job["environment"])
+    if job["processes"] > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": port}
+        ranks["LOCAL_WORLD_SIZE"] = job["processes"]
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}})
+    try:
+        run(job)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True)
+        port, statuses = free_port(), []
+        ranks = {fork(job, rank, port) for rank in range(job["processes"])}
+        while ranks:
+            ended, status = os.wait()
+            ranks.discard(ended)
+            statuses.append(status)
+            for other in ranks if status else ():
+                os.kill(other, signal.SIGKILL)
+        if not any(statuses):
+            (folder / "done").touch()
 
 
 if __name__ == "__main__":

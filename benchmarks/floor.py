@@ -1,0 +1,87 @@
+"""A step with two live teachers of other tokenizers against the least it could cost.
+
+python benchmarks/floor.py [--size medium] [--length 256] [--batch 4] [--repeats 7] [--steps 2] [--json FILE]
+
+Floor: a plain Trainer step of the same student on the same rows + each teacher's whole backbone under inference_mode.
+step_over_floor: cross-entropy, KV relation and attention weighting by the teachers. step_over_floor_all_losses: CODI
+and CKA added. step_over_floor_confidence: as the first, fused by confidence, in its first epoch, where both teachers'
+heads score every row. All run in turn, in one process, and are compared within a repeat.
+Student of 8 layers and width 512, teachers of 12 layers and width 640, Qwen2's and Llama's, vocabulary 8,192;
+--size small: student of 4 layers and width 256, teachers as the student above; --size tiny: smaller still.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import (
+    backbones,
+    build,
+    interleaved,
+    make_trainer,
+    over,
+    parser,
+    plain_trainer,
+    row,
+    save,
+    stepper,
+    text_rows,
+    tokenizer,
+)
+
+from kv_trainer.fusion import Confidence, Uniform
+from kv_trainer.losses import CKALoss, CODILoss, CrossEntropy, KVRelationLoss
+
+VOCABULARY = 8192
+LARGER = {"tiny": "small", "small": "medium", "medium": "large", "0.5B": "1.5B"}
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    reads, others = tokenizer(600), {"qwen2": tokenizer(450), "llama": tokenizer(900)}
+    rows = text_rows(4 * options.batch, options.length, reads)
+
+    def trainer(more: dict, fusion: object):
+        teachers = {
+            family: (build(LARGER[options.size], VOCABULARY, family, seed, rope_theta=1e4 * 10**seed), reader)
+            for seed, (family, reader) in enumerate(others.items())
+        }
+        losses = {"cross_entropy": CrossEntropy(), **more}
+        losses["kv_relation"] = KVRelationLoss(attention="teacher", attention_warmup_steps=0)
+        student = build(options.size, VOCABULARY)
+        return make_trainer(student, teachers, losses, rows, options.batch, reads, options.device, fusion=fusion)
+
+    ours = trainer({}, Uniform())
+    first = trainer({}, Confidence())
+    known = first.panel._known
+    steps = {
+        "step_over_floor": stepper(ours),
+        "step_over_floor_all_losses": stepper(trainer({"codi": CODILoss(), "cka": CKALoss()}, Uniform())),
+        "step_over_floor_confidence": stepper(first),
+    }
+    plain = plain_trainer(ours, build(options.size, VOCABULARY).to(ours.args.device))
+    forgetful = steps["step_over_floor_confidence"]
+
+    def first_epoch() -> None:
+        first.panel._known = torch.full_like(known, torch.nan)
+        forgetful()
+
+    parts = {**steps, "step_over_floor_confidence": first_epoch, "plain": stepper(plain), "backbones": backbones(ours)}
+    taken = interleaved(parts, options.repeats, options.steps, options.device)
+    floor = [p + b for p, b in zip(taken["plain"], taken["backbones"], strict=True)]
+    about = f"{options.size} student, batch {options.batch} x {options.length}"
+    found = [row(name, over(taken[name], floor), about) for name in steps]
+    save(options.json, found, options.device, seconds=taken)
+
+
+def parse():
+    found = parser(__doc__, length=256, batch=4, steps=2)
+    found.add_argument("--size", choices=LARGER, default="medium")
+    options = found.parse_args()
+    if options.quick:
+        options.size, options.length, options.repeats, options.steps = "tiny", 64, 2, 1
+    return options
+
+
+if __name__ == "__main__":
+    main()
