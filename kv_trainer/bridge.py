@@ -26,6 +26,7 @@ from .fusion import FusionInputs, Router, check_given, teacher_shares
 from .importance import importance
 from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
 from .losses.base import chosen_layers
+from .profiling import part
 from .teachers import TeacherNeeds
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head
@@ -171,7 +172,8 @@ class KVBridge(nn.Module):
             return None
         states = None
         if self._capture is not None:
-            states = self._capture.stop(self._given.attention_mask)
+            with part("capture"):
+                states = self._capture.stop(self._given.attention_mask)
             if "student_kv" in self.requires:
                 require_gradient(states)
         terms = self(self._given, output.get("logits"), states)
@@ -200,14 +202,19 @@ class KVBridge(nn.Module):
     def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> AlignedTeacher:
         """One teacher at the student's layers and positions. mask: [B, T] of the student."""
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
-        found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
-        return replace(found, kv=self.turn(found.kv, mask))
+        with part("alignment"):
+            found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
+            return replace(found, kv=self.turn(found.kv, mask))
 
     def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:
         """Every raw term of one micro-batch."""
-        inputs = self.inputs(given, logits, student)
+        with part("fusion"):
+            inputs = self.inputs(given, logits, student)
         self.weights = None if inputs.weights is None else inputs.weights.detach()
-        terms = {name: loss(inputs) for name, loss in self.losses.items()}
+        terms = {}
+        for name, loss in self.losses.items():
+            with part(f"losses.{name}"):
+                terms[name] = loss(inputs)
         if self.router is not None and inputs.weights is not None:
             terms[ROUTER_TERM] = self.fusion.regulariser(inputs.weights).sum() / given.num_samples
         self.terms = {name: term.detach() for name, term in terms.items()}
@@ -270,7 +277,8 @@ class KVBridge(nn.Module):
             each = torch.stack([a.importance for a in aligned.values()])  # [M, B, T]
             inputs.importance["teacher"] = (share.detach()[:, :, None] * each).sum(0)
         if "student_importance" in weighing:
-            inputs.importance["student"] = importance(inputs.student, given.labels)
+            with part("student importance"):
+                inputs.importance["student"] = importance(inputs.student, given.labels)
         if "student_attention" in self.requires:
             inputs.attention = {n: a.attention for n, a in aligned.items()}
             inputs.attention["student"] = rotated_pairs(inputs.student)

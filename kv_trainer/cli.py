@@ -27,7 +27,7 @@ examples:
   kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv null --training.output_dir outputs/no_kv
   kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null
   kv-trainer train recipes/quickstart/two_teachers.yaml --resume
-  kv-trainer train recipes/quickstart/two_teachers.yaml --quick
+  kv-trainer train recipes/quickstart/two_teachers.yaml --quick --profile
   accelerate launch -m kv_trainer train recipes/quickstart/two_teachers.yaml
 """
 EVALUATE = f"""{OVERRIDE}
@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides, options.quick)
     from .run import train as run_train
 
-    run_train(recipe, resume=options.resume)
+    run_train(recipe, resume=options.resume, profile=options.profile)
     leave_together()
     return 0
 
@@ -223,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     sub.add_argument("--quick", action="store_true", help=QUICK)
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    sub.add_argument("--profile", action="store_true", help="time the parts of a step; printed after training")
     sub = command(evaluate, "Evaluate a model on the evaluation split of a recipe.", EVALUATE)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--recipe", required=True, metavar="RECIPE", help="a .yaml file")

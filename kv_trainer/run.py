@@ -11,7 +11,7 @@ from rich.console import Console
 from . import report
 from .adapters import load_trained
 from .arguments import Recipe
-from .callbacks import peak_memory_mb
+from .callbacks import ProfileSteps, peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_model
 from .files import write_text
@@ -34,12 +34,17 @@ def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
     )
 
 
-def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results."""
+def train(recipe: Recipe, resume: bool = False, profile: bool = False) -> dict[str, float]:
+    """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results.
+
+    profile: also time the parts of a step.
+    """
     transformers.logging.set_verbosity_warning()
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     trainer = build_trainer(recipe)
     trainer.recipe, trainer.recipe_text = recipe, asked
+    if profile:
+        trainer.add_callback(ProfileSteps)
     args, folder = recipe.args, Path(str(recipe.args.output_dir))
     main = trainer.is_world_process_zero()
     if main:

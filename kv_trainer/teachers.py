@@ -20,6 +20,7 @@ from .fusion import Fusion, FusionInputs, teacher_shares
 from .importance import attention_mass, importance
 from .manifest import fingerprint, model_name, tokenizer_hash
 from .placement import entry, place, resident
+from .profiling import part
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head, output_head, shared_tokens
 
@@ -143,11 +144,16 @@ class Teacher:
         nll = entropy = None
         if scores:
             assert last is not None and rows is None, "scores are of whole batches"
-            nll, entropy = self._scores(last, text["labels"], batch["supervised"])
+            with part("teachers' scores"):
+                nll, entropy = self._scores(last, text["labels"], batch["supervised"])
+        weights = None
+        if self.needs.importance and weighing:
+            with part("teachers' importance"):
+                weights = importance(kv, text["labels"])
         # Queries that only weigh positions are not carried on.
         return TeacherSignal(
             kv if self.needs.queries else replace(kv, queries=None, attention=None), batch["index"], nll, rows, entropy,
-            importance(kv, text["labels"]) if self.needs.importance and weighing else None,
+            weights,
             last if self.needs.final else None,
             batch.get("rank"), text.get("segments"),
             attention_mass(kv, text["labels"], by_head=True) if self.needs.mass else None,
@@ -166,7 +172,8 @@ class Teacher:
             self._capture.start()
             with suppress(StopForward):
                 backbone = self.model.base_model if self._compiled is None else self._compiled
-                last = backbone(**inputs, use_cache=False)[0]
+                with part("teachers' forward"):
+                    last = backbone(**inputs, use_cache=False)[0]
             states = self._capture.stop(mask)
         return states.to(mask.device), None if last is None or not whole else last.to(mask.device)
 

@@ -29,6 +29,7 @@ from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
 from .models import whole_weights
 from .monitor import StepMonitor
+from .profiling import part
 from .publish import HubTrainer
 from .report import save_layer_match
 from .resolve import (
@@ -166,7 +167,8 @@ class MultiTeacherKVTrainer(HubTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
         """The micro-batches of one step, their supervised tokens, and (kept here) their samples, over all ranks."""
         try:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            with part("data"):
+                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch; torch tells of the rest
             raise RuntimeError(f"A DataLoader worker exited unexpectedly while it sent a batch ({error}).") from error
         samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
@@ -185,6 +187,10 @@ class MultiTeacherKVTrainer(HubTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any):
         found = super()._init_training_state(*args, **kwargs)
         return self.growth.position(self.state.global_step) if self.growth else found
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with part("backward"):  # and what little is around it: the parts of the forward pass are counted apart
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -209,7 +215,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         )  # fmt: skip
         # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
         eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
-        with self.bridge.supervise(supervision), eager:
+        with self.bridge.supervise(supervision), eager, part("student forward"):
             outputs = model(**text, use_cache=False)
         watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
         self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states())

@@ -10,6 +10,7 @@ from .figures import peak_memory_mb, perplexity, read_metrics
 from .freezing import Freezing
 from .guard import FiniteGuard, NonFiniteLoss, check_finite
 from .metrics import METRICS_FILE, MetricsFile
+from .profile import ProfileSteps
 from .progress import LossTermsProgress, format_metric, metrics_line, training_line
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LossTermsProgress",
     "MetricsFile",
     "NonFiniteLoss",
+    "ProfileSteps",
     "check_callbacks",
     "check_finite",
     "default_callbacks",
