@@ -51,6 +51,28 @@ def centred_product(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return torch.where(n >= MIN_POSITIONS, (a * b).sum((-2, -1)) / (n * (n - 3)).clamp_min(1), 0)
 
 
+def linear_hsic(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC_1 of the linear kernels of x with y, of x with itself, and of y; both as `standardise` leaves them.
+
+    The same as `centred_product` of U-centred Gram matrices, but these are never made where there are more positions
+    than channels. Centred features have rows of zero sum, so that with the diagonal d taken out a Gram matrix K sums to
+    K1 = -d, and tr(KL) is |X'Y|^2 - d_x d_y: one product of [C, P] and [P, C'], linear in the number of positions.
+    """
+    if x.shape[-2] >= max(x.shape[-1], y.shape[-1]):
+        products = [(a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
+    else:
+        k, m = x @ x.mT, y @ y.mT
+        products = [(a * b).sum((-2, -1)) for a, b in ((k, m), (k, k), (m, m))]
+    n = mask.sum(-1)
+    dx, dy = x.square().sum(-1), y.square().sum(-1)
+    found = []
+    for product, (a, b) in zip(products, ((dx, dy), (dx, dx), (dy, dy)), strict=True):
+        middle = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)).clamp_min(1)
+        total = product + middle - (a * b).sum(-1) * (1 + 2 / (n - 2).clamp_min(1))
+        found.append(torch.where(n >= MIN_POSITIONS, total / (n * (n - 3)).clamp_min(1), 0))
+    return found[0], found[1], found[2]
+
+
 def debiased_hsic(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """HSIC_1 of two Gram matrices: zero on average for unrelated features; 0 below 4 positions.
 
@@ -66,8 +88,7 @@ def cka_ratio(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 def debiased_cka(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Debiased linear CKA of two sets of features, -1 to 1; 0 below 4 positions or where one side has no spread."""
-    a, b = (u_centred(z @ z.mT, mask) for z in (standardise(x, mask), standardise(y, mask)))
-    return cka_ratio(*(centred_product(*pair, mask) for pair in ((a, b), (a, a), (b, b))))
+    return cka_ratio(*linear_hsic(standardise(x, mask), standardise(y, mask), mask))
 
 
 def biased_cka(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kv_trainer.similarity import biased_cka, debiased_cka, debiased_hsic, standardise
+from kv_trainer.similarity import biased_cka, debiased_cka, debiased_hsic, linear_hsic, standardise
 
 
 def drawn(*sizes: int, seed: int = 0) -> Tensor:
@@ -34,6 +34,16 @@ def test_hsic_is_the_formula(n: int, wide: int, seed: int) -> None:
     k, m = x @ x.T, y @ y.T
     found = debiased_hsic(k, m, torch.ones(n, dtype=torch.bool))
     torch.testing.assert_close(found.double(), naive_hsic(k, m), rtol=1e-3, atol=1e-4)
+
+
+@given(n=st.integers(4, 12), wide=st.integers(1, 16), padding=st.integers(0, 3), seed=st.integers(0, 99))
+def test_hsic_of_features_is_that_of_their_gram_matrices(n: int, wide: int, padding: int, seed: int) -> None:
+    """Made of channels where there are more positions, of positions otherwise."""
+    mask = torch.arange(n + padding) < n
+    x, y = (standardise(drawn(n + padding, c, seed=seed + c), mask) for c in (wide, 7))
+    for found, (a, b) in zip(linear_hsic(x, y, mask), ((x, y), (x, x), (y, y)), strict=True):
+        expected = naive_hsic((a @ a.T)[:n, :n], (b @ b.T)[:n, :n])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("debiased", [True, False])

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..similarity import FLOOR, MIN_POSITIONS, centred_product, cka_ratio, standardise, u_centred
+from ..similarity import FLOOR, MIN_POSITIONS, cka_ratio, linear_hsic, standardise
 from .base import DistillationLoss, GradientShare, LossInputs, chosen_layers, layer_weights, stacked
 from .relation import grouped, pick_positions, take_positions
 
@@ -69,13 +69,9 @@ class CKALoss(DistillationLoss):
         if mask.shape[1] > self.max_positions:
             chosen = pick_positions(mask, self.max_positions)
             ours, theirs, mask = take_positions(ours, chosen), take_positions(theirs, chosen), mask.gather(1, chosen)
-        student = centred_gram(ours, mask)
-        with torch.no_grad():
-            teacher = centred_gram(theirs, mask)
-            energy = centred_product(teacher, teacher, mask)
+        cross, own, energy = linear_hsic(standardise(ours, mask), standardise(theirs.detach(), mask), mask)
         # Without any relation in the target (few positions, or equal ones) a sample teaches nothing.
         share = weight * (energy > FLOOR)
-        cross, own = centred_product(student, teacher, mask), centred_product(student, student, mask)
         counted = self._by_group(share)
         mean = [self._by_group(share * hsic) / counted.clamp_min(1e-12) for hsic in (cross, own, energy)]
         return (counted * (1 - cka_ratio(*mean))).mean(0).sum()
@@ -83,9 +79,3 @@ class CKALoss(DistillationLoss):
     def _by_group(self, x: Tensor) -> Tensor:
         """Sums over the samples of each group: [N, B] -> [N, groups]."""
         return grouped(x[..., None], -(-x.shape[1] // self.samples), self.samples).sum(2)
-
-
-def centred_gram(x: Tensor, mask: Tensor) -> Tensor:
-    """U-centred Gram matrices of the positions of each sample: [N, B, P, C], [B, P] -> [N, B, P, P]."""
-    x = standardise(x, mask)
-    return u_centred(x @ x.mT, mask)
