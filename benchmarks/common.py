@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -44,14 +45,17 @@ SIZES = {
 }  # fmt: skip
 
 
-def build(size: str, vocabulary: int = 2000, family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+def build(
+    size: str, vocabulary: int = 2000, family: str = "llama", seed: int = 0, attention: str | None = None,
+    **changes: Any,
+) -> PreTrainedModel:  # fmt: skip
     """A random model."""
     torch.manual_seed(seed)
     hidden, mlp, layers, heads = SIZES[size]
     shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": vocabulary,
              "num_attention_heads": heads, "num_key_value_heads": 2}  # fmt: skip
     config = AutoConfig.for_model(family, **{**COMMON, **shape, "tie_word_embeddings": True, **changes})
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 # ---- rows
@@ -228,6 +232,12 @@ def step_memory(trainer: Trainer, device: str = "cpu") -> int:
 
 def over(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def exponent(sizes: Mapping[int, float]) -> float:
+    """The slope of the logarithm of a cost over that of the size, by least squares."""
+    x, y = ([math.log(v) for v in values] for values in (sizes, sizes.values()))
+    return statistics.linear_regression(x, y).slope
 
 
 def row(name: str, ratios: Sequence[float], about: str) -> dict[str, Any]:

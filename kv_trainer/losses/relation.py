@@ -13,6 +13,7 @@ from ..fusion import Fusion
 from ..types import KVStates
 from .base import LayerwiseLoss, LossInputs, heard, stacked
 from .gather import gather_inputs, ranks
+from .gram import FLOOR, relative_error
 
 
 def directions(x: Tensor, length: Tensor) -> Tensor:
@@ -126,16 +127,23 @@ class KVRelationLoss(LayerwiseLoss):
             return x if chosen is None else take_positions(x, chosen)
 
         ours = directions(positions(inputs.student), (shares > 0).any(0).float())
+        teachers = map(positions, inputs.teachers.values())
+        by_element = inputs.fusion is not None and inputs.fusion.in_target_space
+        if not by_element and not (torch.is_grad_enabled() and shares.requires_grad):
+            lengths = root(shares)
+            with torch.no_grad():
+                scaled = [directions(x, length) for x, length in zip(teachers, lengths, strict=True)]
+            return relative_error(ours, scaled, lengths)
         gram = ours @ ours.mT
-        teachers = map(positions, inputs.teachers.values())  # one at a time: memory does not grow with teachers
         with torch.set_grad_enabled(torch.is_grad_enabled() and shares.requires_grad):  # a router learns through them
-            if inputs.fusion is not None and inputs.fusion.in_target_space:
+            if by_element:
+                assert inputs.fusion is not None
                 target, weight = fuse_by_element(teachers, shares, gram.detach(), inputs.fusion)
             else:
                 target, weight = fuse(teachers, shares)
         energy = target.detach().square().sum((2, 3))
         # Without any relation in the target (one position, or equal ones) the group teaches nothing.
-        return (gram * weight - target).square().sum((2, 3)) / energy.clamp_min(1e-6) * (energy > 1e-6)
+        return (gram * weight - target).square().sum((2, 3)) / energy.clamp_min(FLOOR) * (energy > FLOOR)
 
 
 def root(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the launchers themselves are tried by test_faults.py and test_hosts.py.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -147,6 +148,7 @@ def free_port() -> int:
 
 
 def main() -> None:
+    gc.freeze()  # Trainer collects garbage in every run; the modules are none
     for job in json.loads(Path(sys.argv[1]).read_text()):
         folder = Path(job["folder"])
         folder.mkdir(parents=True)
