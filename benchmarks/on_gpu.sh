@@ -19,8 +19,10 @@ python -m kv_trainer precompute recipes/quickstart/two_teachers.yaml --store.pat
 train --store.path "$out/store" --teachers.chain.source store --teachers.letters.source store --training.output_dir "$out/stored"
 train --training.output_dir "$out/two_teachers"
 python benchmarks/step_time.py
-python benchmarks/attention_weighting.py --device cuda
-python benchmarks/teachers_memory.py --device cuda
+mkdir -p "$out/benchmarks"
+python -c 'import trl' 2>/dev/null || pip install --quiet --no-index --find-links wheels trl
+python benchmarks/all.py --device cuda --output "$out/benchmarks"
+python benchmarks/floor.py --device cuda --size 0.5B --length 1024 --json "$out/benchmarks/floor_0.5B.json"
 # DeepSpeed: installed, or from ./wheels (pip wheel --wheel-dir wheels deepspeed==0.19.8, where there is a network).
 python -c 'import deepspeed' 2>/dev/null || pip install --quiet --no-index --find-links wheels deepspeed
 for stage in zero2 zero3; do

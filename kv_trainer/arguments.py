@@ -273,10 +273,17 @@ class MonitorConfig:
 
 @dataclass
 class StoreConfig:
-    """Where `kv-trainer precompute` writes the teachers' keys and values, and how (see store/)."""
+    """Where `kv-trainer precompute` writes the teachers' keys and values, and how (see store/).
+
+    An aligned store is the smallest, and of one student; a raw one, of all layers of each teacher, serves any student,
+    tokenizer and alignment.
+    """
 
     path: str | None = field(default=None, metadata={"help": "Folder of the store."})
     bits: Literal[16, 8, 4] = field(default=8, metadata={"help": "Of a stored value: 16 is float16."})
+    form: Literal["aligned", "raw"] = field(
+        default="aligned", metadata={"help": "aligned: at the student's layers and positions; raw: the teacher's own."}
+    )
     rows_per_shard: int = field(default=64, metadata={"help": "Rows in a file; so many are held in memory."})
 
     def __post_init__(self) -> None:

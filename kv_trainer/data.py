@@ -218,12 +218,12 @@ class KVCollator:
     Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
     segments [B, S] and rank [B, T]. index is long, or float where it lies between positions; all are padded with -1.
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
-    a stored teacher, what reads the rows' tokens to T positions; found under `stored`.
+    a stored teacher the column of tokens by which its rows are found, and what reads them; found under `stored`.
     """
 
     pad_token_id: int
     teacher_pad_ids: Mapping[str, int]
-    stores: Mapping[str, Reads] = field(default_factory=dict)
+    stores: Mapping[str, tuple[str, Reads]] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
@@ -240,10 +240,10 @@ class KVCollator:
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
         }
-        for name, read in self.stores.items():
+        for name, (column, read) in self.stores.items():
             if name in batch["teachers"]:
-                ids = [row["input_ids"] for row in rows]
-                batch["teachers"][name]["stored"] = read(ids, batch["input_ids"].shape[1])
+                ids = [row[column] for row in rows]
+                batch["teachers"][name]["stored"] = read(ids, max(map(len, ids)))
         return batch
 
 

@@ -117,7 +117,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
         stored = {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
         if train_dataset is not None and "input_ids" not in train_dataset.column_names:
-            own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in stored}
+            as_student = {name for name, teacher in stored.items() if not teacher.raw}
+            own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
             data = replace(args.data, teacher_text=own_texts)
             train_dataset = encode_rows(train_dataset, reader, readers, data, time=args.alignment.time)
         for teacher in stored.values() if train_dataset is not None else ():
@@ -139,7 +140,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             model=student,
             args=args,
             data_collator=data_collator
-            or KVCollator(processing_class.pad_token_id, pads, {name: t.read for name, t in stored.items()}),
+            or KVCollator(processing_class.pad_token_id, pads, {n: (t.column, t.read) for n, t in stored.items()}),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -233,8 +234,8 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     def aligned_share(self, name: str) -> float:
         """Share of the student's positions that are aligned with a teacher, over the first rows."""
-        teacher = self.teachers[name]
-        return teacher.aligned_share if isinstance(teacher, StoredTeacher) else aligned_share(self.train_dataset, name)
+        told = getattr(self.teachers[name], "aligned_share", None)  # of one that was stored aligned
+        return aligned_share(self.train_dataset, name) if told is None else told
 
     # ---- evaluation
 

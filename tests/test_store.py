@@ -132,9 +132,12 @@ def test_a_run_on_the_store_is_the_run_with_live_teachers(
         stored = STORED[:2] if "--teachers.deep" in settings else STORED
         settings = [*settings, "--store.path", str(tmp_path / "store")]
         precompute(load_recipe(home / "recipe.yaml", settings))
-    live, found = losses_of(start(*settings)), losses_of(start(*settings, *stored))
-    assert len(live) == len(found) == 7
-    for a, b in zip(live, found):
+    assert_same(losses_of(start(*settings)), losses_of(start(*settings, *stored)))
+
+
+def assert_same(live: list[dict[str, float]], stored: list[dict[str, float]]) -> None:
+    assert len(live) == len(stored) == 7
+    for a, b in zip(live, stored):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
 
 
@@ -164,6 +167,36 @@ def test_half_the_bits_half_the_bytes(home: Path, tmp_path: Path) -> None:
 
 
 # ---- what does not match, and what is damaged
+
+
+@pytest.fixture(scope="module")
+def raw(home: Path) -> list[str]:
+    """Settings of a run on a raw store of the same recipe."""
+    precompute(load_recipe(home / "recipe.yaml", ["--store.form", "raw", "--store.path", str(home / "raw")]))
+    return [*STORED, "--store.path", str(home / "raw")]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        KV,
+        ["--student.keep_layers", "[0]"],
+        ["--alignment.layers.method", "nearest"],
+        ["--alignment.time.method", "linear"],
+        ["--alignment.layers.method", "cka"],
+        ["--losses.kv_relation.attention", "student", "--losses.kv_relation.attention_warmup_steps", "0"],
+    ],
+)
+def test_a_raw_store_serves_any_student_and_alignment(start, raw: list[str], settings: list[str]) -> None:
+    live, stored = losses_of(start(*settings)), losses_of(start(*raw, *settings))
+    assert_same(live, stored)
+
+
+def test_a_raw_store_serves_another_tokenizer(home: Path, start, raw: list[str], tiny_tokenizer: Any) -> None:
+    tiny_tokenizer(55).save_pretrained(home / "other")
+    settings = ["--student.tokenizer", str(home / "other")]
+    assert_same(losses_of(start(*settings)), losses_of(start(*raw, *settings)))
 
 
 def copied(home: Path, tmp_path: Path) -> list[str]:

@@ -22,7 +22,7 @@ from ..manifest import differences, tokenizer_hash
 from ..run import build_trainer
 from ..trainer import MultiTeacherKVTrainer
 from .shards import RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
-from .teacher import what_is_read
+from .teacher import column_of, what_is_read
 
 BEGUN = "begun.json"  # what a store is being made of, until store.json is written
 
@@ -42,13 +42,13 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
     args.data = replace(args.data, eval_split=None)
     trainer = build_trainer(replace(recipe, teachers=live, args=args))
-    folder, console = Path(store.path), Console(quiet=not trainer.is_world_process_zero())
+    raw, folder, console = store.form == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
     begun = describe(trainer, recipe)
     check_same(folder, begun)
     trainer.calibrate()
     for name, teacher in trainer.teachers.items():  # likelihoods too: they are cheap now, and every fusion may ask
         needs = replace(trainer.bridge.teacher_needs(), scores=len(trainer.teachers) > 1)
-        teacher.prepare(trainer.bridge.layer_maps[name].needed, needs)
+        teacher.prepare(teacher.shape.layer_numbers if raw else trainer.bridge.layer_maps[name].needed, needs)
     bad = set(damaged(folder, read_record(folder), whole=True)) if repair else set()
     if trainer.is_world_process_zero():
         write_text(folder / BEGUN, json.dumps(begun, indent=1) + "\n")
@@ -74,18 +74,19 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     """What the store is of, known before it is written."""
     args, shape = recipe.args, trainer.student_shape
     needs, fusion = trainer.bridge.teacher_needs(), args.fusion
+    form = {} if args.store.form == "raw" else {"num_layers": shape.num_layers, "kv_layers": []}
     teachers = {
         name: {
             **{k: v for k, v in teacher.describe().items() if k != "weight"},
             "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
             "text": what_is_read(args.data, name),
-            "shape": {**asdict(teacher.shape), "num_layers": shape.num_layers, "kv_layers": [], "aligned": False},
+            "shape": {**asdict(teacher.shape), **form, "aligned": False},
             "scores": len(trainer.teachers) > 1, "importance": needs.importance,
         }
         for name, teacher in trainer.teachers.items()
     }  # fmt: skip
     return {
-        "format": 1, "bits": args.store.bits, "rows_per_shard": args.store.rows_per_shard,
+        "format": 1, "form": args.store.form, "bits": args.store.bits, "rows_per_shard": args.store.rows_per_shard,
         "rows": len(trainer.train_dataset), "teachers": teachers, "alignment": asdict(args.alignment),
         "student": {
             "tokenizer": tokenizer_hash(trainer.processing_class), "chat": trainer.reader.chat,
@@ -130,19 +131,23 @@ def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[s
         nll, entropy = (torch.stack([getattr(s, what) for s in said.values()]) for what in ("nll", "entropy"))
         shares = panel.shares(batch, nll, entropy)
     for number, (name, signal) in enumerate(said.items()):
-        aligned = align(signal, bridge.layer_maps[name], batch["attention_mask"])
+        if trainer.args.store.form == "raw":
+            states, weighs = signal.kv, signal.importance
+        else:
+            aligned = align(signal, bridge.layer_maps[name], batch["attention_mask"])
+            states, weighs = aligned.kv, aligned.importance
         width = sum(x[0].shape[0] * x[0].shape[-1] for k, v in zip(signal.kv.keys, signal.kv.values) for x in (k, v))
-        flat = {part: flattened(getattr(aligned.kv, part)) for part in ("keys", "values")}
-        found = []
+        flat = {part: flattened(getattr(states, part)) for part in ("keys", "values")}
+        found, column = [], column_of(name, trainer.args.store.form)
         for b, row in enumerate(rows):
             asked = shares is None or bool(shares[number, b] > 0)  # a row without a share is never asked for
-            position = aligned.kv.mask[b].nonzero()[:, 0] if asked else torch.zeros(0, dtype=torch.long)
+            position = states.mask[b].nonzero()[:, 0] if asked else torch.zeros(0, dtype=torch.long)
             position = position.to(batch["labels"].device)
             found.append({
-                "key": row_key(row["input_ids"]), "position": position.cpu(), "asked": asked,
+                "key": row_key(row[column]), "position": position.cpu(), "asked": asked,
                 "nll": None if signal.nll is None else signal.nll[b].cpu(),
                 "entropy": None if signal.entropy is None else signal.entropy[b].cpu(),
-                "importance": None if aligned.importance is None else aligned.importance[b][position].cpu(),
+                "importance": None if weighs is None else weighs[b][position].cpu(),
                 **{part: x[b][position].cpu() for part, x in flat.items()},
             })  # fmt: skip
         yield name, found, 2 * width * int(signal.kv.mask.sum())
@@ -166,7 +171,8 @@ def finish(trainer: MultiTeacherKVTrainer, folder: Path, begun: dict[str, Any]) 
     }  # fmt: skip
     for name, teacher in trainer.teachers.items():
         shape = teacher.shape
-        layers, heads = trainer.student_shape.num_layers, shape.num_kv_heads
+        layers = len(shape.layer_numbers) if begun["form"] == "raw" else trainer.student_shape.num_layers
+        heads = shape.num_kv_heads
         widths = {"keys": shape.head_dim, "values": shape.value_dim or shape.head_dim}
         record["teachers"][name]["channels"] = {part: layers * heads * width for part, width in widths.items()}
         record["teachers"][name]["aligned_share"] = trainer.aligned_share(name)

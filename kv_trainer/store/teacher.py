@@ -1,4 +1,4 @@
-"""A stored teacher: to the rest, a teacher that reads as the student does and has as many layers."""
+"""A stored teacher: to the rest, one that reads as the student does and has as many layers, or, stored raw, itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..arguments import DataConfig, MultiTeacherKVConfig, TeacherConfig
 from ..data import Reader
 from ..fusion import method_of
 from ..manifest import differences, tokenizer_hash
+from ..models import load_tokenizer
 from ..teachers import TeacherNeeds
 from ..types import KVShape, KVStates, TeacherSignal
 from .quantise import restore
@@ -32,8 +33,11 @@ class StoredTeacher:
     def __init__(self, name: str, record: Mapping[str, Any], folder: Path, reader: Reader, weight: float) -> None:
         told = record["teachers"][name]
         self.name, self.told, self.reader, self.weight = name, told, reader, weight
-        self.shape = KVShape(**{**told["shape"], "kv_layers": (), "aligned": True})
-        self.aligned_share: float = told["aligned_share"]
+        self.raw = record["form"] == "raw"
+        numbers = tuple(told["shape"]["kv_layers"])
+        self.shape = KVShape(**{**told["shape"], "kv_layers": numbers, "aligned": not self.raw})
+        self.column = column_of(name, record["form"])
+        self.aligned_share: float | None = None if self.raw else told["aligned_share"]
         self.store = StoreReader(folder, [s for s in record["shards"] if s.startswith(f"{name}/")])
         self.channels = told["channels"]
         self.needs = TeacherNeeds()
@@ -59,12 +63,12 @@ class StoredTeacher:
         self.needs = needs
 
     def read(self, rows: list[list[int]], length: int) -> dict[str, Tensor]:
-        """For the collator: what is stored of rows of student tokens. KeyError for a row that is not."""
+        """For the collator: what is stored of rows of tokens, those of `column`. KeyError for a row that is not."""
         return self.store.read([row_key(ids) for ids in rows], length)
 
     def check_rows(self, rows: Dataset) -> None:
         """ValueError if a row of encoded data is not stored."""
-        for number, ids in enumerate(rows["input_ids"]):
+        for number, ids in enumerate(rows[self.column]):
             if row_key(ids) not in self.store:
                 raise ValueError(
                     f"Row {number} of the training data is not in the store of teacher '{self.name}': the data or its "
@@ -74,12 +78,13 @@ class StoredTeacher:
     def signal(
         self, batch: Mapping[str, Any], rows: Tensor | None = None, scores: bool = True, weighing: bool = True
     ) -> TeacherSignal:
-        """As `Teacher.signal`; states are at the student's layers and positions."""
+        """As `Teacher.signal`; states are at the student's layers and positions, or at the teacher's own."""
         stored: dict[str, Tensor] = batch["stored"]
         some = stored if rows is None else {name: x[rows] for name, x in stored.items()}
         found = {part: self._states(some, part) for part in PARTS}
-        layers = tuple(range(self.shape.num_layers))
-        states = KVStates(found["keys"], found["values"], some["mask"], layers, len(layers))
+        states = KVStates(
+            found["keys"], found["values"], some["mask"], self.shape.layer_numbers, self.shape.num_layers
+        )
         asked = scores and self.needs.scores
         return TeacherSignal(
             states, batch["index"], some["nll"] if asked else None, rows, some["entropy"] if asked else None,
@@ -89,8 +94,13 @@ class StoredTeacher:
     def _states(self, stored: Mapping[str, Tensor], part: str) -> tuple[Tensor, ...]:
         data = stored[f"{part}.data"]
         x = restore(data, stored.get(f"{part}.low"), stored.get(f"{part}.step"), self.channels[part])
-        x = x.unflatten(-1, (self.shape.num_layers, self.shape.num_kv_heads, -1))  # [B, T, L, H, D]
+        x = x.unflatten(-1, (len(self.shape.layer_numbers), self.shape.num_kv_heads, -1))  # [B, T, L, H, D]
         return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
+
+
+def column_of(name: str, form: str) -> str:
+    """The tokens of encoded rows by which a store of this form finds them."""
+    return f"{name}/input_ids" if form == "raw" else "input_ids"
 
 
 def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
@@ -111,6 +121,9 @@ def open_teacher(
     record = read_record(folder)
     if name not in record["teachers"]:
         raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
+    told = record["teachers"][name]
+    if record["form"] == "raw":
+        reader = Reader(load_tokenizer(given), given.chat)
     now = {
         "alignment": asdict(args.alignment),
         "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
@@ -119,7 +132,6 @@ def open_teacher(
             "text": what_is_read(args.data, name),
         }},
     }  # fmt: skip
-    told = record["teachers"][name]
     saved = {
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
@@ -127,6 +139,10 @@ def open_teacher(
             "text": told["text"],
         }},
     }  # fmt: skip
+    if record["form"] == "raw":  # of any student; but the teacher must read what it read then
+        for said, tokenizer in ((now, tokenizer_hash(reader.tokenizer)), (saved, told["tokenizer"])):
+            del said["alignment"], said["student"]
+            said["teachers"][name]["tokenizer"] = tokenizer
     if record["left_out"]:  # which rows a teacher is not asked for is up to the fusion of them all
         now |= {"fusion": {"method": method_of(args.fusion), **asdict(args.fusion)}, "weights": dict(weights)}
         saved |= {"fusion": record["fusion"], "weights": record["weights"]}
