@@ -97,7 +97,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides)
     from .run import evaluate as run_evaluate
 
-    run_evaluate(options.model, recipe)
+    run_evaluate(options.model, recipe, options.predictions)
     return 0
 
 
@@ -262,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "Evaluate a model on the evaluation split of a recipe.", EVALUATE)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--recipe", required=True, metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--predictions", metavar="FILE.jsonl", help="write what was found of each row, a line each")
     sub = command(validate, "Check recipes without training.", VALIDATE)
     sub.add_argument("recipes", metavar="RECIPE", nargs="+", help=".yaml files")
     sub.add_argument("--quick", action="store_true", help=QUICK)

@@ -23,7 +23,7 @@ from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
-from .evaluation import evaluate_model
+from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
@@ -134,6 +134,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         self._samples_in_step: Tensor | float = 1.0
         self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
+        self.predictions: list[dict[str, Any]] = []
         super().__init__(
             model=student,
             args=args,
@@ -235,7 +236,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Perplexity and exact answers of the student alone; see evaluation.evaluate_model."""
+        """Perplexity and exact answers of the student alone; see evaluation.evaluate_model.
+
+        What it found of each row is kept in `predictions` until the next one.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is nothing to evaluate: give eval_dataset.")
@@ -243,7 +247,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             rows = encode_rows(rows, self.reader, {}, self.args.data, keep=EVALUATED)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
-        found = evaluate_model(student, self.processing_class, rows, self.args.evaluation, progress)
+        tokenizer = self.processing_class
+        found, self.predictions = evaluate_rows(student, tokenizer, rows, self.args.evaluation, progress)
         metrics = {f"{metric_key_prefix}{name.removeprefix('eval')}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
