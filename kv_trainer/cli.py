@@ -57,6 +57,16 @@ examples:
   kv-trainer diagnose recipes/quickstart/two_teachers.yaml --write recipes/quickstart/two_teachers_balanced.yaml
 """
 
+COMPARE = """An experiment file names a recipe, arms that change it, and seeds. Finished runs are not run again; Ctrl-C
+stops all of them, and the same command goes on. The report is in output_dir/report.
+
+examples:
+  kv-trainer compare recipes/quickstart/experiment.yaml --quick
+  kv-trainer compare recipes/quickstart/experiment.yaml
+  kv-trainer compare recipes/quickstart/experiment.yaml --arms two_routed shuffled_rows --seeds 1 2 3
+  kv-trainer compare recipes/quickstart/experiment.yaml --report-only
+"""
+
 EXPORT = """MODEL is the output_dir of a run, or any causal LM. onnx: one float32 graph of any batch and length that
 generates with its cache, checked against torch; adapters are merged first. merged: adapters and their base as one
 plain checkpoint.
@@ -104,10 +114,15 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
     from .checks import ignored
+    from .experiments.compare import describe
+    from .experiments.experiment import is_experiment
 
     failed = False
     for path in options.recipes:
         try:
+            if is_experiment(path):
+                print(describe(path, options.quick))
+                continue
             recipe = load(path, overrides, options.quick)
             for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
@@ -136,6 +151,20 @@ def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
     from .experiments.diagnose import diagnose as run_diagnose
 
     run_diagnose(recipe, options.samples, options.write)
+    return 0
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The runs of an experiment, and its report; the recipe's settings are in the file, for every arm."""
+    if overrides:
+        raise ValueError(f"compare takes no settings, but got {' '.join(overrides)}; put them under overrides or arms.")
+    from .experiments.compare import compare as run_compare
+
+    try:
+        run_compare(options.experiment, options.quick, options.arms, options.seeds, options.report_only)
+    except KeyboardInterrupt:
+        print("kv-trainer: stopped; the same command goes on with what is not finished", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -270,6 +299,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     sub.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on (default 64)")
     sub.add_argument("--write", metavar="COPY.yaml", help="a new recipe: RECIPE with the suggested settings")
+    sub = command(compare, "Run the arms of an experiment over seeds, and report what holds.", COMPARE)
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="a .yaml file with arms")
+    sub.add_argument("--quick", action="store_true", help="few seeds and short runs, in output_dir with -quick")
+    sub.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these, and what they are compared with")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="instead of those of the file")
+    sub.add_argument("--report-only", action="store_true", help="run nothing: report what is finished")
     sub = command(export, "Write a trained student in a form that serves it.", EXPORT)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")

@@ -92,7 +92,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             self.teachers = {
                 name: open_teacher(name, t, args, reader, shape.num_layers, weights)
                 if isinstance(t, TeacherConfig) and t.source == "store"
-                else resolve_teacher(name, t, processing_class, args.device)
+                else resolve_teacher(name, t, processing_class, args.device, args.seed)
                 for name, t in teachers.items()
             }
         self.manifest = describe_run(student, reader, self.teachers, args, peft_config)  # while teachers are whole
@@ -199,6 +199,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
             return (loss, outputs) if return_outputs else loss
         step, steps = self.state.global_step, max(1, self.state.max_steps)
+        self.bridge.step = step
         weighing = "teacher_importance" in self.bridge.weighing(step)
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,

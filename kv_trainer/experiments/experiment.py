@@ -32,9 +32,9 @@ class VerdictRule:
     def __str__(self) -> str:
         return (
             f"keep: better by more than {self.keep:g} points, and p < {self.p:g} (paired t-test over seeds, "
-            f"Holm-corrected over arms). optional: better by {self.optional:g} points or more, but not keep. drop: less "
-            "than that, or unstable: the standard deviation of the differences over seeds exceeds their mean. Fewer "
-            "than 3 seeds: none."
+            f"Holm-corrected over arms). optional: better by {self.optional:g} points or more, but not keep. drop: "
+            "less than that, or unstable: the standard deviation of the differences over seeds exceeds their mean. "
+            "Fewer than 3 seeds: none."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .jobs import Job
 from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
 
 MACRO = "accuracy_macro"
+NOT_JUDGED = "not judged"  # of every metric but the first
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Study:
                     raise ValueError(f"metrics names '{metric}', which the runs of {arm} do not have; known: {known}.")
             values = {arm: self.values[arm][metric] for arm in self.arms}
             rule, against = self.experiment.verdict, self.experiment.against
-            found += compare(values, against, metric, rule, lambda arm, m=metric: self.interval(arm, m))
+            each = compare(values, against, metric, rule, lambda arm, m=metric: self.interval(arm, m))
+            found += each if metric == self.experiment.metrics[0] else [replace(c, verdict=NOT_JUDGED) for c in each]
         return found
 
     @property
