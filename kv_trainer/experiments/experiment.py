@@ -56,6 +56,7 @@ class Arm:
     seconds_of: str | None = field(
         default=None, metadata={"help": "As many steps as this arm's seconds allow, at the pace of `like`."}
     )
+    against: str | None = field(default=None, metadata={"help": "Compare it with this arm, not the experiment's."})
     control: bool = field(default=False, metadata={"help": "It is to show that the gain is not an accident."})
     unequal: str | None = field(default=None, metadata={"help": "Why its budget may differ; shown in the report."})
     where: str = field(default="", init=False)
@@ -91,6 +92,9 @@ class Experiment:
         if not self.metrics:
             raise ValueError("metrics is empty; name one or more, such as accuracy.")
 
+    def compared_with(self, name: str) -> str:
+        return self.arms[name].against or self.against
+
     def settings(self, name: str) -> dict[str, Any]:
         """The changed settings of an arm, dotted name -> value; what comes later wins."""
         found, chain = dict(self.overrides), [name]
@@ -113,8 +117,9 @@ class Experiment:
             if name not in order:
                 order.append(name)
 
+        wanted = {self.against, *chosen, *(self.compared_with(name) for name in chosen)}
         for name in self.arms:  # in the order of the file
-            if name in chosen or name == self.against:
+            if name in wanted:
                 add(name)
         return order
 
@@ -157,7 +162,7 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
     named = [("against", experiment.against, tree.at("against"))]
     named += [("quick.arms", name, tree.at("quick", "arms")) for name in experiment.quick.arms]
     for name, arm in experiment.arms.items():
-        for key in ("like", "seconds_of"):
+        for key in ("like", "seconds_of", "against"):
             if other := getattr(arm, key):
                 named.append((f"arms.{name}.{key}", other, arms.at(name, key)))
     for key, name, where in named:

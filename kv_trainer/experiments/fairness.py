@@ -30,11 +30,10 @@ class Finding:
 
 
 def check_budget(experiment: Experiment, arms: Iterable[str], seeds: Iterable[int], records: Records) -> list[Finding]:
-    """All that differs from the arm that the others are compared with, one finding an arm and kind."""
-    arms, seeds, against = list(arms), list(seeds), experiment.against
-    found = []
+    """All that differs from the arm that one is compared with, one finding an arm and kind."""
+    seeds, found = list(seeds), []
     for name in arms:
-        arm = experiment.arms[name]
+        arm, against = experiment.arms[name], experiment.compared_with(name)
         timed = arm.seconds_of is not None or experiment.arms[against].seconds_of is not None
         for key, words in (SAME if timed else BUDGET | SAME).items():
             wrong = [s for s in seeds if records[name, s].get(key) != records[against, s].get(key)]

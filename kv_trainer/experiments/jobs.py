@@ -54,6 +54,10 @@ class Job:
         except RecipeError as error:
             raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
 
+    def saved_text(self) -> str:
+        """The recipe with which the finished run was made; settings it does not know yet have their defaults."""
+        return dump_recipe(load_recipe(self.folder / "recipe.yaml"))
+
     def record(self) -> dict[str, Any] | None:
         """What the finished run left; None where it is not finished. ValueError if it is of other settings."""
         path = self.folder / RECORD
@@ -61,8 +65,7 @@ class Job:
             return None
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         steps = record["steps"] if self.experiment.arms[self.arm].seconds_of else None
-        saved = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
-        found = differences(saved, yaml.safe_load(self.recipe_text(steps)))
+        found = differences(yaml.safe_load(self.saved_text()), yaml.safe_load(self.recipe_text(steps)))
         if found:
             raise ValueError(
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "

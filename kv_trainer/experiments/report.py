@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
 from .blocks import Block, Code, Grid, Heading, Items, Picture, Text, as_html, as_markdown
 from .fairness import agreement, violations
 from .figures import draw_all
 from .jobs import Job
+from .reach import reached
 from .results import MACRO, Study
 from .statistics import FEWEST, RESAMPLES, mean, std
 from .words import figure_of, finding_of, is_share, p_words, percent, spread_of, steps_of_timed, unit
@@ -30,10 +35,34 @@ def write_report(study: Study, folder: Path) -> None:
     figures = draw_all(study, folder / "figures")
     pictures = [Picture(folder / "figures" / name, f"figures/{name}", caption) for name, caption in figures.items()]
     blocks = contents(study, pictures)
-    write_text(folder / "results.json", study.as_json())
+    write_text(folder / "results.json", as_json(study))
     write_text(folder / "commands.sh", "#!/bin/sh\nset -e\n" + "\n".join(commands(study)) + "\n")
     write_text(folder / "report.md", as_markdown(blocks))
     write_text(folder / "report.html", as_html(title(study), blocks))
+
+
+def as_json(study: Study) -> str:
+    """results.json. reached: arm -> steps and seconds until the final training loss of `against`, one a seed."""
+    there = reached(study)
+    content = {
+        "experiment": study.experiment.path, "quick": study.experiment.is_quick, "seeds": study.seeds,
+        "arms": study.values,
+        "budget": {a: {n: study.budget(a, n) for n in ("steps", "tokens", "seconds")} for a in study.arms},
+        "comparisons": [asdict(comparison) for comparison in study.comparisons],
+        "reached": there.each if there else {}, "rule": str(study.experiment.verdict),
+        "fairness": [asdict(finding) for finding in study.findings], "missing": study.missing,
+        "machine": study.machines(),
+    }  # fmt: skip
+    return json.dumps(finite(content), indent=1) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Strict readers of JSON know no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def title(study: Study) -> str:

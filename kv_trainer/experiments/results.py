@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,10 @@ class Study:
                     known = ", ".join(self.values[arm])
                     raise ValueError(f"metrics names '{metric}', which the runs of {arm} do not have; known: {known}.")
             values = {arm: self.values[arm][metric] for arm in self.arms}
-            rule, against = self.experiment.verdict, self.experiment.against
-            each = compare(values, against, metric, rule, lambda arm, m=metric: self.interval(arm, m))
+            others = {arm: self.experiment.compared_with(arm) for arm in self.arms}
+            others = {arm: other for arm, other in others.items() if arm != other and arm != self.experiment.against}
+            rule = self.experiment.verdict
+            each = compare(values, others, metric, rule, lambda arm, m=metric: self.interval(arm, m))
             found += each if metric == self.experiment.metrics[0] else [replace(c, verdict=NOT_JUDGED) for c in each]
         return found
 
@@ -116,8 +117,8 @@ class Study:
     _items: dict[str, Items | None] = field(default_factory=dict)
 
     def interval(self, arm: str, metric: str) -> tuple[float, float] | None:
-        """Of the difference to `against`: over seeds and test items; over seeds alone where items do not have it."""
-        against = self.experiment.against
+        """Of the difference to its other: over seeds and test items; over seeds alone where items do not have it."""
+        against = self.experiment.compared_with(arm)
         ours, theirs = self.items(arm), self.items(against)
         paired = ours is not None and theirs is not None and ours.hits.shape == theirs.hits.shape
         every = np.arange(len(self.seeds))
@@ -135,17 +136,6 @@ class Study:
         arms = [arm for arm in self.arms if not self.experiment.arms[arm].control]
         sign = -1 if lower_is_better(metric) else 1
         return max(arms, key=lambda arm: sign * mean(self.values[arm][metric]), default=None)
-
-    def as_json(self) -> str:
-        budgets = {a: {n: self.budget(a, n) for n in ("steps", "tokens", "seconds")} for a in self.arms}
-        content = {
-            "experiment": self.experiment.path, "quick": self.experiment.is_quick, "seeds": self.seeds,
-            "arms": self.values, "budget": budgets,
-            "comparisons": [asdict(comparison) for comparison in self.comparisons],
-            "rule": str(self.experiment.verdict), "fairness": [asdict(finding) for finding in self.findings],
-            "missing": self.missing, "machine": self.machines(),
-        }  # fmt: skip
-        return json.dumps(finite(content), indent=1) + "\n"
 
     def machines(self) -> list[str]:
         return sorted({record["machine"] for record in self.chosen()})
@@ -167,15 +157,6 @@ def gather(runs: list[list[dict[str, Any]]]) -> Items | None:
     column = lambda name: np.array([[row[name] for row in run] for run in runs], dtype=float)  # noqa: E731
     tasks = np.array([row["task"] or "" for row in runs[0]])
     return Items(column("hit"), column("nll"), column("tokens")[0], tasks)
-
-
-def finite(value: Any) -> Any:
-    """Strict readers of JSON know no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def study_of(experiment: Experiment, arms: list[str], seeds: list[int], records: Records) -> Study:

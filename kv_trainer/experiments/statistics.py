@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,20 +136,19 @@ def verdict(
 
 
 def compare(
-    values: dict[str, Sequence[float]], against: str, metric: str, rule: VerdictRule,
+    values: Mapping[str, Sequence[float]], against: Mapping[str, str], metric: str, rule: VerdictRule,
     intervals: Callable[[str], tuple[float, float] | None],
 ) -> list[Comparison]:  # fmt: skip
-    """Every arm against one of them. values: arm -> one value a seed; intervals: arm -> that of its difference."""
-    theirs = values[against]
-    raw = {arm: paired_p(ours, theirs) for arm, ours in values.items() if arm != against}
+    """Every arm against its other. values: arm -> one value a seed; intervals: arm -> that of its difference."""
+    raw = {arm: paired_p(values[arm], values[other]) for arm, other in against.items()}
     known = {arm: p for arm, p in raw.items() if p is not None and math.isfinite(p)}
     corrected = dict(zip(known, holm(list(known.values())), strict=True))
     found = []
     for arm in raw:
-        ours, p = values[arm], corrected.get(arm)
+        ours, theirs, p = values[arm], values[against[arm]], corrected.get(arm)
         low, high = intervals(arm) or (None, None)
         found.append(Comparison(
-            arm, against, metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
+            arm, against[arm], metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
             points(ours, theirs, metric), raw[arm], cohens_d(ours, theirs), std(np.subtract(ours, theirs).tolist()),
         ))  # fmt: skip
     return found
