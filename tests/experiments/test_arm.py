@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kv_trainer.cli import main
 from kv_trainer.evaluation import read_predictions
 from kv_trainer.experiments.arm import run
 from kv_trainer.recipes import load_recipe
@@ -62,6 +63,15 @@ def test_predictions_are_what_the_metrics_count(plain: tuple[Path, dict[str, Any
     assert sum(row["hit"] for row in rows) / 6 == found["metrics"]["accuracy"]
     loss = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
     assert loss == pytest.approx(found["metrics"]["loss"])
+
+
+def test_evaluate_writes_the_same_predictions(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    target = tmp_path / "found.jsonl"
+    sizes = ["--data.max_eval_samples", "6", "--evaluation.max_new_tokens", "4"]
+    assert main(["evaluate", str(plain[0]), "--recipe", str(RECIPE), "--predictions", str(target), *sizes]) == 0
+    ours, theirs = read_predictions(target), read_predictions(plain[0] / "predictions.jsonl")
+    assert [row["prediction"] for row in ours] == [row["prediction"] for row in theirs]
+    assert [row["nll"] for row in ours] == pytest.approx([row["nll"] for row in theirs], rel=1e-4)
 
 
 def test_a_run_that_goes_on_has_the_record_of_one_that_was_never_stopped(
