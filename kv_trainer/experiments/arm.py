@@ -31,19 +31,23 @@ from .fingerprints import digest, hash_evaluation, hash_rows, hash_weights, shar
 from .jobs import RECORD
 
 
+def now() -> dict[str, float]:
+    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
+
+
 class Recorder(TrainerCallback):
     """What a run was given, step by step: row numbers, supervised tokens, samples, and seconds since it began.
 
-    Seconds are of training alone: without loading, evaluations and saves. What was recorded until a checkpoint lies
-    beside it, so that a resumed run goes on.
+    Seconds are of training alone: without loading, evaluations and saves; of the wall, and of the processor, a thread.
+    What was recorded until a checkpoint lies beside it, so that a resumed run goes on.
     """
 
     def __init__(self) -> None:
         self.rows: list[list[torch.Tensor]] = []
         self.tokens: list[Any] = []
         self.samples: list[Any] = []
-        self.clock: list[float] = []
-        self.seconds = self.mark = 0.0
+        self.clocks: dict[str, list[float]] = {"wall": [], "processor": []}
+        self.seconds, self.mark = dict.fromkeys(self.clocks, 0.0), now()
         self.begin: dict[str, Any] = {}
 
     def attach(self, trainer: MultiTeacherKVTrainer) -> None:
@@ -64,7 +68,7 @@ class Recorder(TrainerCallback):
 
         trainer.get_batch_samples = recorded  # type: ignore[method-assign]
         trainer.add_callback(self)
-        self.mark = time.monotonic()
+        self.mark = now()
 
     @property
     def kept(self) -> Path:
@@ -76,22 +80,23 @@ class Recorder(TrainerCallback):
             saved = json.loads(self.kept.read_text(encoding="utf-8"))
             self.rows = [[torch.tensor(rows) for rows in step] for step in saved["rows"][:done]]
             self.tokens, self.samples = saved["tokens"][:done], saved["samples"][:done]
-            self.clock = saved["clock"][:done]
-            self.seconds = self.clock[-1]
+            self.clocks = {name: each[:done] for name, each in saved["clocks"].items()}
+            self.seconds = {name: each[-1] for name, each in self.clocks.items()}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
-        now = time.monotonic()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
-        self.clock.append(round(self.seconds, 4))
+        then, self.mark = self.mark, now()
+        for name, clock in self.clocks.items():
+            self.seconds[name] += self.mark[name] - then[name]
+            clock.append(round(self.seconds[name], 4))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
-        self.mark = time.monotonic()
+        self.mark = now()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
         rows = [[batch.tolist() for batch in step] for step in self.rows]
         counts = {name: [float(n or 0) for n in getattr(self, name)] for name in ("tokens", "samples")}
-        write_text(self.kept, json.dumps({"rows": rows, **counts, "clock": self.clock}))
-        self.mark = time.monotonic()
+        write_text(self.kept, json.dumps({"rows": rows, **counts, "clocks": self.clocks}))
+        self.mark = now()
 
     def order(self) -> str:
         """A hash of the row numbers in the order in which they were trained on, over all ranks."""
@@ -106,13 +111,13 @@ class Recorder(TrainerCallback):
         args = self.trainer.args
         loss = args.losses.get("cross_entropy", CrossEntropy())
         return {
-            "seed": args.seed, "steps": len(self.clock), "tokens": int(sum(float(n or 0) for n in self.tokens)),
-            "samples": int(sum(map(float, self.samples))), "seconds": round(self.seconds, 3), **self.begin,
+            "seed": args.seed, "steps": len(self.rows), "tokens": int(sum(float(n or 0) for n in self.tokens)),
+            "samples": int(sum(map(float, self.samples))), **self.begin,
             "order": self.order(), "cross_entropy": asdict(loss), "processes": args.world_size,
             "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
             f"{platform.python_version()}, {os.cpu_count()} cores",
             "metrics": {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")},
-            "clock": self.clock,
+            "clocks": self.clocks,
         }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -76,6 +76,9 @@ class Experiment:
         default_factory=lambda: ["accuracy", "perplexity"], metadata={"help": "The first is the one judged."}
     )
     processes: int = field(default=1, metadata={"help": "Runs at a time."})
+    clock: Literal["wall", "processor"] = field(
+        default="wall", metadata={"help": "Seconds of the wall, or of processor time a thread, where others compute too."}
+    )
     launcher: list[str] = field(default_factory=list, metadata={"help": "Such as [accelerate, launch]."})
     verdict: VerdictRule = field(default_factory=VerdictRule)
     overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the recipe for all arms."})

@@ -71,7 +71,8 @@ class Job:
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "
                 "or give another output_dir."
             )
-        return record
+        clock = record["clocks"][self.experiment.clock]
+        return {**record, "clock": clock, "seconds": clock[-1]}
 
     def shown(self, record: Mapping[str, Any]) -> str:
         """The command that makes this run again, without this experiment."""

@@ -22,6 +22,10 @@ QUICK = (
     "A quick run: every run was cut short (kv-trainer train --quick, with what the experiment's `quick` changes). It "
     "shows that everything works, not which arm is better."
 )
+CLOCKS = {
+    "wall": "Seconds of training are of the wall, without loading, evaluations and saves.",
+    "processor": "Seconds of training are of processor time a thread: runs shared the machine with other work.",
+}
 METHOD = (
     "p: two-sided paired t-test over seeds, Holm-corrected over all arms compared. Interval: 95%, percentile bootstrap "
     f"of {RESAMPLES:,} resamples of seeds and of test items, arms paired by both; of few seeds it is narrow. Effect "
@@ -85,7 +89,8 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
         Text(f"`{experiment.path}`: {len(study.arms)} arms of `{experiment.recipe}`, seeds {seeds}."),
         *loud,
         Heading("Findings"), Items([finding_of(study, one) for one in study.judged] or ["Nothing to compare."]),
-        Heading("Arms"), Text("Mean ± standard deviation over seeds."), Grid(arm_rows(study)),
+        Heading("Arms"), Text(f"Mean ± standard deviation over seeds. {CLOCKS[experiment.clock]}"),
+        Grid(arm_rows(study)),
         *map(Text, steps_of_timed(study)),
         Heading("Comparisons"), Grid(comparison_rows(study)), Text(METHOD),
         Heading("Fairness"), Grid(fairness_rows(study)), *unequal(study),

@@ -130,12 +130,14 @@ class Study:
 
         return bootstrap(len(self.seeds), ours.hits.shape[1], difference)
 
-    def best(self) -> str | None:
-        """The arm, no control, of the best mean of the judged metric."""
-        metric = self.experiment.metrics[0]
-        arms = [arm for arm in self.arms if not self.experiment.arms[arm].control]
-        sign = -1 if lower_is_better(metric) else 1
-        return max(arms, key=lambda arm: sign * mean(self.values[arm][metric]), default=None)
+    def ranked(self) -> list[str]:
+        """The arms, no controls, the best first: by the judged metric, where that is equal by the others."""
+
+        def score(arm: str) -> list[float]:
+            means = {metric: mean(self.values[arm][metric]) for metric in self.experiment.metrics}
+            return [-value if lower_is_better(metric) else value for metric, value in means.items()]
+
+        return sorted((a for a in self.arms if not self.experiment.arms[a].control), key=score, reverse=True)
 
     def machines(self) -> list[str]:
         return sorted({record["machine"] for record in self.chosen()})

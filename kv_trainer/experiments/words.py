@@ -50,7 +50,7 @@ def finding_of(study: Study, one: Comparison) -> str:
 
 def share_of_gain(study: Study, one: Comparison) -> str:
     """How much of the best arm's gain a control has too."""
-    best = study.best()
+    best = next(iter(study.ranked()), None)
     sign = -1 if lower_is_better(one.metric) else 1
     gains = {other.arm: sign * other.difference for other in study.judged}
     if best is None or gains.get(best, 0.0) <= 0 or not math.isfinite(gains[best]):

@@ -30,7 +30,7 @@ if folder.name.startswith("fails"):
 (folder / "recipe.yaml").write_text("{training: {max_steps: 10}}")
 steps = int(get("--training.max_steps") or 10)
 seconds = 1.0 if folder.name.startswith("ce") else 3.0
-(folder / "arm.json").write_text(json.dumps({"steps": steps, "seconds": seconds, "metrics": {}}))
+(folder / "arm.json").write_text(json.dumps({"steps": steps, "clocks": {"wall": [seconds]}, "metrics": {}}))
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ...arguments import Recipe
 from ...recipes import load_recipe
 from ..contribution import find_game
 from ..jobs import Job
@@ -39,23 +40,27 @@ def draw_all(study: Study, folder: Path) -> dict[str, str]:
         draw_contribution(study, game, folder / "contribution.png")
         found["contribution.png"] = f"what each teacher of {game.whole} contributes, by the arms that have fewer"
     taught = taught_arm(study)
-    if taught is not None:
-        if draw_terms(study, taught, folder / "terms.png"):
-            found["terms.png"] = f"share of each weighted term in the loss of {taught} over its steps"
-        job = Job(study.experiment, taught, study.seeds[0])
-        words = [word for word in job.overrides() if word != "--quick"]
-        if draw_alignment(load_recipe(study.experiment.recipe, words), folder / "alignment.png"):
-            found["alignment.png"] = "one training row: a line where teacher and student have read the same text"
+    if taught is not None and draw_terms(study, taught, folder / "terms.png"):
+        found["terms.png"] = f"share of each weighted term in the loss of {taught} over its steps"
+    if draw_alignment(most_teachers(study), folder / "alignment.png"):
+        found["alignment.png"] = "one training row: a line where teacher and student have read the same text"
     return found
 
 
+def most_teachers(study: Study) -> Recipe:
+    """The recipe of the arm that has most of them."""
+    recipes = []
+    for arm in study.ranked():
+        words = [word for word in Job(study.experiment, arm, study.seeds[0]).overrides() if word != "--quick"]
+        recipes.append(load_recipe(study.experiment.recipe, words))
+    return max(recipes, key=lambda recipe: len(recipe.teachers))
+
+
 def taught_arm(study: Study) -> str | None:
-    """The best arm that has teachers, else any that has."""
-    best = study.best()
-    order = ([best] if best else []) + [arm for arm in study.arms if arm != best]
+    """The best arm whose loss has several terms."""
 
     def terms(arm: str) -> int:
         first = (study.metrics(arm, study.seeds[0]) or [{}])[0]
         return sum(name.startswith("weight_") for name in first)
 
-    return next((arm for arm in order if terms(arm) > 1), None)
+    return next((arm for arm in study.ranked() if terms(arm) > 1), None)

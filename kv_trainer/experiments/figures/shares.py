@@ -69,6 +69,8 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.margins(y=0.15)
+    if all(abs(x) < 1e-9 for values in both.values() for one in values.values() for x in one):
+        axes.set_ylim(0, 1)  # rounding would make a scale of its own
     dress(axes, f"{unit(metric)} of {metric}, over {len(study.seeds)} seeds")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     save(figure, target)
