@@ -77,7 +77,7 @@ class Experiment:
     )
     processes: int = field(default=1, metadata={"help": "Runs at a time."})
     clock: Literal["wall", "processor"] = field(
-        default="wall", metadata={"help": "Seconds of the wall, or of processor time a thread, where others compute too."}
+        default="wall", metadata={"help": "Seconds of the wall, or of processor time, where others compute too."}
     )
     launcher: list[str] = field(default_factory=list, metadata={"help": "Such as [accelerate, launch]."})
     verdict: VerdictRule = field(default_factory=VerdictRule)
