@@ -18,7 +18,7 @@ from .fairness import violations
 from .jobs import Job
 from .report import write_report
 from .results import Study, study_of
-from .runner import Runner
+from .runner import Runner, alone
 from .statistics import Comparison, mean
 from .words import figure_of, finding_of, p_words, percent
 
@@ -91,7 +91,8 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
         console.print(line, markup=False, highlight=False)
 
     runner = Runner(experiment, told)
-    failed = runner.run(jobs)
+    with alone(Path(experiment.output_dir)):
+        failed = runner.run(jobs)
     if failed:
         lines = "; ".join(f"{job.arm}-{job.seed}: {error}" for job, error in failed.items())
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {lines}")

@@ -14,7 +14,7 @@ import pytest
 
 from kv_trainer.experiments.experiment import load_experiment
 from kv_trainer.experiments.jobs import Job
-from kv_trainer.experiments.runner import Runner
+from kv_trainer.experiments.runner import Runner, alone
 
 FAKE = """
 import json, os, pathlib, sys, time
@@ -117,3 +117,11 @@ def test_processes_beside_each_other_share_the_cores(monkeypatch: pytest.MonkeyP
     one = runner("{ce: {}}", processes=2)
     one.run(jobs(one))
     assert Path("log").read_text().split("\n")[0].split()[2] == "4"
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with alone(folder), pytest.raises(ValueError, match="Another experiment runs in"), alone(folder):
+        pass
+    with alone(folder):
+        pass

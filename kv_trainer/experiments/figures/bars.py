@@ -60,9 +60,16 @@ def draw_panel(
             color=INK,
         )  # fmt: skip
     axes.set_xlim(0, 1.35 * highest)
-    axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # its last number would touch the next panel's first
+    few_ticks(axes)
+    if is_share(metric) and highest > 0.4:
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     if is_share(metric):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.05 else 1))
+
+
+def few_ticks(axes: Axes) -> None:
+    """Without the last, whose number would touch the first one of the next panel."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))
 
 
 def name_rows(study: Study, axes: Axes) -> None:
@@ -95,6 +102,7 @@ def draw_reached(study: Study, reached: Reached, target: Path) -> None:
                 label, (right, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
             )
         axes.set_xlim(0, 1.4 * highest)
+        few_ticks(axes)
         dress(axes, unit)
         axes.grid(axis="y", visible=False)
     name_rows(study, each[0])

@@ -25,9 +25,9 @@ def draw_curves(study: Study, target: Path) -> str:
     term = next((name for name in TERMS if any(has(study, arm, name) for arm in study.arms)), None)
     evaluated = all(len(series(study.metrics(a, s), "eval_accuracy")[0]) > 2 for a in study.arms for s in study.seeds)
     aim = "eval_accuracy" if evaluated else CROSS_ENTROPY
-    titles = {aim: "exact answers" if evaluated else "training cross-entropy, nats a token"}
+    titles = {aim: "exact answers" if evaluated else "training cross-entropy (nats a token)"}
     if term is not None:
-        titles = {term: f"{term.removeprefix('loss_')} term, unweighted"} | titles
+        titles = {term: f"{term.removeprefix('loss_')} term (unweighted)"} | titles
     figure = new_figure("what the teachers' term does, and what it brings", height=7.2)
     grid = figure.subplots(2, len(titles), squeeze=False)
     handles: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def draw_curves(study: Study, target: Path) -> str:
     arms = [arm for arm in study.arms if arm in handles]
     legend_below(figure, [handles[arm] for arm in arms], arms)
     save(figure, target)
-    return f"{', '.join(titles.values())}: over steps (above) and seconds (below); mean and deviation over seeds"
+    return f"{' and '.join(titles.values())}: over steps (above) and seconds (below); mean and deviation over seeds"
 
 
 def has(study: Study, arm: str, name: str) -> bool:
