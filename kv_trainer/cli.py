@@ -114,13 +114,14 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
     from .checks import ignored
-    from .experiments.compare import describe
     from .experiments.experiment import is_experiment
 
     failed = False
     for path in options.recipes:
         try:
             if is_experiment(path):
+                from .experiments.compare import describe
+
                 print(describe(path, options.quick))
                 continue
             recipe = load(path, overrides, options.quick)
