@@ -76,6 +76,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
         done = state.global_step
+        if done and not self.kept.exists():
+            raise ValueError(f"{args.output_dir} has checkpoints without a record of their rows; remove them.")
         if done:
             saved = json.loads(self.kept.read_text(encoding="utf-8"))
             self.rows = [[torch.tensor(rows) for rows in step] for step in saved["rows"][:done]]
