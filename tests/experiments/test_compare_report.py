@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.reach import reached, trailing
 from kv_trainer.experiments.report import write_report
 from kv_trainer.experiments.results import Items, Study, study_of
+from kv_trainer.experiments.statistics import bootstrap
 
 EXPERIMENT = """recipe: r.yaml
 output_dir: out
@@ -77,6 +79,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
               "alignment": 0, "projector": 0}  # fmt: skip
     monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: json.dumps(recipe))
     monkeypatch.setattr("kv_trainer.experiments.figures.load_recipe", lambda *a: SimpleNamespace(teachers={}))
+    monkeypatch.setattr("kv_trainer.experiments.results.bootstrap", partial(bootstrap, resamples=200))
     return study_of(experiment, list(experiment.arms), [1, 2, 3], records)
 
 
