@@ -73,11 +73,16 @@ class TeacherConfig(ModelConfig):
     device_map: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "As in from_pretrained: 'auto', 'cuda:1', or {module: device}."}
     )
+    random: bool = field(
+        default=False, metadata={"help": "control: the same architecture with weights drawn from the seed."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("quantization", "device_map"):
             if self.placement != "replicated" and getattr(self, name):
                 raise ValueError(f"{name} cannot be used beside placement: {self.placement}; leave one of them out")
+            if self.random and getattr(self, name):
+                raise ValueError(f"{name} cannot be used beside random: true; leave one of them out")
 
 
 @dataclass
@@ -193,8 +198,8 @@ class EvaluationConfig:
 class ControlConfig:
     """Controls that break the teacher on purpose, so that a gain can be told from an accident."""
 
-    shuffle: Literal["rows"] | None = field(
-        default=None, metadata={"help": "rows: every student row gets the teacher states of another row."}
+    shuffle: Literal["rows", "positions"] | None = field(
+        default=None, metadata={"help": "Every row gets another row's teacher states, or position another position's."}
     )
 
 

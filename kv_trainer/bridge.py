@@ -19,6 +19,7 @@ from .alignment.heads import TeacherProjectors, auto_mlp_ratio
 from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .alignment.rope import rerotate
+from .alignment.shuffle import other_positions
 from .arguments import MultiTeacherKVConfig
 from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
@@ -70,7 +71,8 @@ class KVBridge(nn.Module):
         super().__init__()
         self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.active}
         self.requires = frozenset().union(*(loss.needs for loss in self.losses.values()))
-        self.fusion, self.control = args.fusion, args.control
+        self.fusion, self.control, self.seed = args.fusion, args.control, args.seed
+        self.step = 0  # of the batch whose teachers are aligned; the trainer says
         self.theta = student.rope_theta if student and args.alignment.rope.keys == "after" else None
         if self.theta is None and args.alignment.rope.keys == "after" and teachers:
             raise ValueError("alignment.rope.keys is 'after', but the student has no RoPE; set it to 'before'.")
@@ -202,8 +204,10 @@ class KVBridge(nn.Module):
     def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> AlignedTeacher:
         """One teacher at the student's layers and positions. mask: [B, T] of the student."""
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
+        how = self.control.shuffle
+        positions = other_positions(mask, self.seed, self.step) if how == "positions" else None
         with part("alignment"):
-            found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=self.control.shuffle == "rows")
+            found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=how == "rows", positions=positions)
             return replace(found, kv=self.turn(found.kv, mask))
 
     def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:

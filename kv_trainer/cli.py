@@ -55,6 +55,16 @@ examples:
   kv-trainer diagnose recipes/quickstart/two_teachers.yaml --write recipes/quickstart/two_teachers_balanced.yaml
 """
 
+COMPARE = """An experiment file names a recipe, arms that change it, and seeds. Finished runs are not run again; Ctrl-C
+stops all of them, and the same command goes on. The report is in output_dir/report.
+
+examples:
+  kv-trainer compare recipes/quickstart/experiment.yaml --quick
+  kv-trainer compare recipes/quickstart/experiment.yaml
+  kv-trainer compare recipes/quickstart/experiment.yaml --arms two_routed shuffled_rows --seeds 1 2 3
+  kv-trainer compare recipes/quickstart/experiment.yaml --report-only
+"""
+
 EXPORT = """MODEL is the output_dir of a run, or any causal LM. onnx: one float32 graph of any batch and length that
 generates with its cache, checked against torch; adapters are merged first. merged: adapters and their base as one
 plain checkpoint.
@@ -84,9 +94,11 @@ METHODS = """examples:
 
 def train(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides, options.quick)
+    from .callbacks import ProfileSteps
     from .run import train as run_train
 
-    run_train(recipe, resume=options.resume, profile=options.profile)
+    watch = (lambda trainer: trainer.add_callback(ProfileSteps)) if options.profile else None
+    run_train(recipe, resume=options.resume, watch=watch)
     leave_together()
     return 0
 
@@ -95,18 +107,24 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides)
     from .run import evaluate as run_evaluate
 
-    run_evaluate(options.model, recipe)
+    run_evaluate(options.model, recipe, options.predictions)
     return 0
 
 
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
     from .checks import ignored
+    from .experiments.experiment import is_experiment
     from .model_checks import check_models
 
     failed = False
     for path in options.recipes:
         try:
+            if is_experiment(path):
+                from .experiments.compare import describe
+
+                print(describe(path, options.quick))
+                continue
             recipe = load(path, overrides, options.quick)
             for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
@@ -135,6 +153,20 @@ def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
     from .experiments.diagnose import diagnose as run_diagnose
 
     run_diagnose(recipe, options.samples, options.write)
+    return 0
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The runs of an experiment, and its report; the recipe's settings are in the file, for every arm."""
+    if overrides:
+        raise ValueError(f"compare takes no settings, but got {' '.join(overrides)}; put them under overrides or arms.")
+    from .experiments.compare import compare as run_compare
+
+    try:
+        run_compare(options.experiment, options.quick, options.arms, options.seeds, options.report_only)
+    except KeyboardInterrupt:
+        print("kv-trainer: stopped; the same command goes on with what is not finished", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -227,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "Evaluate a model on the evaluation split of a recipe.", EVALUATE)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--recipe", required=True, metavar="RECIPE", help="a .yaml file")
+    sub.add_argument("--predictions", metavar="FILE.jsonl", help="write what was found of each row, a line each")
     sub = command(validate, "Check recipes without training.", VALIDATE)
     sub.add_argument("recipes", metavar="RECIPE", nargs="+", help=".yaml files")
     sub.add_argument("--quick", action="store_true", help=QUICK)
@@ -234,6 +267,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     sub.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on (default 64)")
     sub.add_argument("--write", metavar="COPY.yaml", help="a new recipe: RECIPE with the suggested settings")
+    sub = command(compare, "Run the arms of an experiment over seeds, and report what holds.", COMPARE)
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="a .yaml file with arms")
+    sub.add_argument("--quick", action="store_true", help="few seeds and short runs, in output_dir with -quick")
+    sub.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these, and what they are compared with")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="instead of those of the file")
+    sub.add_argument("--report-only", action="store_true", help="run nothing: report what is finished")
     sub = command(export, "Write a trained student in a form that serves it.", EXPORT)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")

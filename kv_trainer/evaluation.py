@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .metrics import ExactAnswer, Perplexity, extract_answer
+from .files import write_text
+from .metrics import ExactAnswer, Perplexity, extract_answer, is_hit
 
 if TYPE_CHECKING:
     from .arguments import EvaluationConfig
@@ -40,27 +43,60 @@ def evaluate_model(
     eval_accuracy and eval_accuracy_<task>; rows without an answer are left out of those. Every rank that calls
     this sees all rows. Raises ValueError where no row or no token can be scored.
     """
+    return evaluate_rows(model, tokenizer, rows, config, progress)[0]
+
+
+def evaluate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset | list[dict[str, Any]],
+    config: EvaluationConfig,
+    progress: bool = True,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`evaluate_model`, and beside it what it found of each row, in order.
+
+    A row's dict holds row (its number), task, prediction and reference (None where no answer was asked for), hit,
+    nll (nats, summed over its supervised tokens) and tokens.
+    """
     rows = list(rows)
     if not rows:
         raise ValueError("There are no rows to evaluate on; check data.eval_split and data.max_eval_samples.")
     with _evaluating(model):
         nll, tokens = sequence_nll(model, tokenizer, rows, config.batch_size, progress)
         results = Perplexity().compute(nll=nll, tokens=tokens)
-        asked = [row for row in rows if row.get("answer") not in (None, "")] if config.generate else []
+        found = [
+            {"row": row.get("row", i), "task": row.get("task"), "prediction": None, "reference": None, "hit": None,
+             "nll": nll[i], "tokens": tokens[i]}
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
+        asked = [i for i, row in enumerate(rows) if row.get("answer") not in (None, "")] if config.generate else []
         if asked:
-            prompts = [row["prompt_ids"] for row in asked]
-            texts = generate_texts(model, tokenizer, prompts, config, progress)
+            texts = generate_texts(model, tokenizer, [rows[i]["prompt_ids"] for i in asked], config, progress)
+            for i, text in zip(asked, texts, strict=True):
+                answer, pattern = rows[i]["answer"], config.answer_pattern
+                prediction, reference = extract_answer(text, pattern), extract_answer(answer, pattern) or answer
+                found[i] |= {"prediction": prediction, "reference": reference, "hit": is_hit(prediction, reference)}
             results |= ExactAnswer().compute(
-                predictions=[extract_answer(text, config.answer_pattern) for text in texts],
-                references=[extract_answer(r["answer"], config.answer_pattern) or r["answer"] for r in asked],
-                tasks=[row.get("task") for row in asked],
+                predictions=[found[i]["prediction"] for i in asked],
+                references=[found[i]["reference"] for i in asked],
+                tasks=[rows[i].get("task") for i in asked],
             )
         elif config.generate:
             logger.warning_once(
                 "evaluation.generate is on, but no evaluation row has an answer: accuracy is not reported. "
                 "Set data.answer, or evaluation.generate to false."
             )
-    return {f"eval_{name}": value for name, value in results.items()}
+    return {f"eval_{name}": value for name, value in results.items()}, found
+
+
+def write_predictions(target: str | os.PathLike[str], found: list[dict[str, Any]]) -> None:
+    """What `evaluate_rows` found, a line of JSON a row. The file appears whole."""
+    write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+
+
+def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def sequence_nll(

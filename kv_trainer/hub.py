@@ -121,6 +121,7 @@ def _method(recipe: Recipe, shapes: dict[str, KVShape], facts: RunFacts) -> str:
     start = f"`{_shown(student.config, recipe)}` (config)" if student.config else None
     start = start or _model(student, recipe, commits.get("student"))
     teachers = {name: _model(teacher, recipe, commits.get(name)) for name, teacher in recipe.teachers.items()}
+    teachers |= {n: f"{teachers[n]}, random weights" for n, t in recipe.teachers.items() if getattr(t, "random", False)}
     for name, model in {"student": start, **teachers}.items():
         rows.append([name, model, *_shape_cells(shapes.get(name))])
     losses = [["loss", "weight", "schedule"]]

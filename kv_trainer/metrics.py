@@ -41,6 +41,11 @@ def extract_answer(text: str, pattern: str) -> str | None:
     return (normalize_answer(found[-1][1]) or None) if found else None
 
 
+def is_hit(prediction: str | None, reference: str | None) -> bool:
+    """Whether an answer equals its reference; no answer is never right."""
+    return normalize_answer(prediction) == normalize_answer(reference) != ""
+
+
 class _InMemoryMetric(evaluate.Metric):
     """A metric that keeps its inputs in memory: nothing to lock, share or leave behind in the user's home."""
 
@@ -88,8 +93,7 @@ class ExactAnswer(_InMemoryMetric):
             raise ValueError(f"There are {len(predictions)} predictions but {len(tasks)} tasks; give one task each.")
         hits: dict[str, list[bool]] = defaultdict(list)
         for prediction, reference, task in zip(predictions, references, tasks, strict=True):
-            ours, theirs = normalize_answer(prediction), normalize_answer(reference)
-            hit = ours == theirs != ""
+            hit = is_hit(prediction, reference)
             hits["accuracy"].append(hit)
             if task:
                 hits[f"accuracy_{task}"].append(hit)

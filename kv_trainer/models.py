@@ -71,6 +71,18 @@ def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> 
         raise ValueError(f"The weights of {config.model} cannot be read ({error}); fetch them again.") from error
 
 
+def load_random(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A model of the same architecture whose weights are drawn from `seed`; the state of torch's own is kept."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    shape = AutoConfig.from_pretrained(config.model, revision=config.revision, **options)
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
+
+
 def quantization(bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     """Of weights "8bit" (LLM.int8) or "4bit" (NF4, computed in `dtype`). ValueError without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:

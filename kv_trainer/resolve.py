@@ -13,7 +13,7 @@ from .adapters import check_method
 from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
 from .capture import count_parameters
 from .data import Reader
-from .models import load_pretrained, load_student, load_tokenizer
+from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ def resolve_student(
 
 
 def resolve_teacher(
-    name: str, given: Any, students: PreTrainedTokenizerBase, device: torch.device | None = None
+    name: str, given: Any, students: PreTrainedTokenizerBase, device: torch.device | None = None, seed: int = 0
 ) -> Teacher:
     """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer.
 
-    device: where the student trains, for weights that are quantised while they are loaded.
+    device: where the student trains, for weights that are quantised while they are loaded. seed: of random weights.
     """
     if isinstance(given, Teacher):
         return given
@@ -54,7 +54,8 @@ def resolve_teacher(
     if isinstance(given, TeacherConfig):
         reader = Reader(load_tokenizer(given), given.chat)
         placement = "dispatched" if given.device_map else given.placement
-        return Teacher(load_pretrained(given, device), reader, given.weight, placement)
+        model = load_random(given, seed) if given.random else load_pretrained(given, device)
+        return Teacher(model, reader, given.weight, placement, given.random)
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
@@ -11,13 +12,15 @@ from rich.console import Console
 from . import report
 from .adapters import load_trained
 from .arguments import Recipe
-from .callbacks import ProfileSteps, peak_memory_mb
+from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
-from .evaluation import evaluate_model
+from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
 from .models import load_tokenizer, same_tokenizer
 from .recipes import dump_recipe
 from .trainer import MultiTeacherKVTrainer
+
+PREDICTIONS = "predictions.jsonl"
 
 
 def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
@@ -34,17 +37,19 @@ def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
     )
 
 
-def train(recipe: Recipe, resume: bool = False, profile: bool = False) -> dict[str, float]:
+def train(
+    recipe: Recipe, resume: bool = False, watch: Callable[[MultiTeacherKVTrainer], None] | None = None
+) -> dict[str, float]:
     """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results.
 
-    profile: also time the parts of a step.
+    watch: is given the trainer before it trains.
     """
     transformers.logging.set_verbosity_warning()
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     trainer = build_trainer(recipe)
     trainer.recipe, trainer.recipe_text = recipe, asked
-    if profile:
-        trainer.add_callback(ProfileSteps)
+    if watch is not None:
+        watch(trainer)
     args, folder = recipe.args, Path(str(recipe.args.output_dir))
     main = trainer.is_world_process_zero()
     if main:
@@ -64,6 +69,8 @@ def train(recipe: Recipe, resume: bool = False, profile: bool = False) -> dict[s
     trainer.save_state()
     if main:
         write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+        if trainer.predictions:
+            write_predictions(folder / PREDICTIONS, trainer.predictions)
         trainer.routing.save(folder)
         curve = trainer.draw_curve(folder)
         trainer.create_model_card()
@@ -95,8 +102,11 @@ def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
         console.print(f"{name}: {share:.1%} of the student's positions are aligned")
 
 
-def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
-    """The results table of a checkpoint on a recipe's evaluation split, without any teacher."""
+def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict[str, float]:
+    """The results table of a checkpoint on a recipe's evaluation split, without any teacher.
+
+    predictions: a file for what was found of each row.
+    """
     transformers.logging.set_verbosity_warning()
     data = recipe.args.data
     if not data.eval_split:
@@ -106,6 +116,8 @@ def evaluate(model: str, recipe: Recipe) -> dict[str, float]:
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
     encoded = encode_rows(rows, reader, {}, data, keep=EVALUATED)
-    results = evaluate_model(student, tokenizer, encoded, recipe.args.evaluation)
+    results, found = evaluate_rows(student, tokenizer, encoded, recipe.args.evaluation)
+    if predictions is not None:
+        write_predictions(predictions, found)
     report.print_results(Console(), results, None, model)
     return results

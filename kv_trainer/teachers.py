@@ -53,15 +53,16 @@ class Teacher:
     """
 
     def __init__(
-        self, model: PreTrainedModel, reader: Reader, weight: float = 1.0, placement: str = "replicated"
-    ) -> None:
+        self, model: PreTrainedModel, reader: Reader, weight: float = 1.0, placement: str = "replicated",
+        random: bool = False,
+    ) -> None:  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
         self.weight = weight
         self.shape: KVShape = kv_shape(model)
         self.needs = TeacherNeeds()
         self.head: Head | None = None
-        self.placement = placement
+        self.placement, self.random = placement, random
         self.device: torch.device | None = None
         self._present = False
         self._capture: KVCapture | None = None
@@ -72,7 +73,7 @@ class Teacher:
         return {
             "model": model_name(self.model), "revision": getattr(self.model.config, "_commit_hash", None),
             "weights": fingerprint(self.model), "tokenizer": tokenizer_hash(self.reader.tokenizer),
-            "weight": self.weight,
+            "weight": self.weight, **({"random": True} if self.random else {}),
         }  # fmt: skip
 
     def place(self, name: str, device: torch.device) -> None:

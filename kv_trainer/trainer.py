@@ -23,7 +23,7 @@ from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
-from .evaluation import evaluate_model
+from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
@@ -93,7 +93,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             self.teachers = {
                 name: open_teacher(name, t, args, reader, shape.num_layers, weights)
                 if isinstance(t, TeacherConfig) and t.source == "store"
-                else resolve_teacher(name, t, processing_class, args.device)
+                else resolve_teacher(name, t, processing_class, args.device, args.seed)
                 for name, t in teachers.items()
             }
         self.manifest = describe_run(student, reader, self.teachers, args, peft_config)  # while teachers are whole
@@ -136,6 +136,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         self._samples_in_step: Tensor | float = 1.0
         self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
+        self.predictions: list[dict[str, Any]] = []
         super().__init__(
             model=student,
             args=args,
@@ -208,6 +209,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
             return (loss, outputs) if return_outputs else loss
         step, steps = self.state.global_step, max(1, self.state.max_steps)
+        self.bridge.step = step
         weighing = "teacher_importance" in self.bridge.weighing(step)
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
@@ -245,7 +247,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Perplexity and exact answers of the student alone; see evaluation.evaluate_model."""
+        """Perplexity and exact answers of the student alone; see evaluation.evaluate_model.
+
+        What it found of each row is kept in `predictions` until the next one.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is nothing to evaluate: give eval_dataset.")
@@ -253,7 +258,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             rows = encode_rows(rows, self.reader, {}, self.args.data, keep=EVALUATED)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
-        found = evaluate_model(student, self.processing_class, rows, self.args.evaluation, progress)
+        tokenizer = self.processing_class
+        found, self.predictions = evaluate_rows(student, tokenizer, rows, self.args.evaluation, progress)
         metrics = {f"{metric_key_prefix}{name.removeprefix('eval')}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

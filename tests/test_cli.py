@@ -192,7 +192,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "validate", "diagnose", "methods"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "validate", "diagnose", "compare", "methods"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])

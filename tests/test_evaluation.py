@@ -19,7 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kv_trainer import evaluation
 from kv_trainer.arguments import EvaluationConfig
-from kv_trainer.evaluation import evaluate_model, generate_texts, sequence_nll
+from kv_trainer.evaluation import (
+    evaluate_model,
+    evaluate_rows,
+    generate_texts,
+    read_predictions,
+    sequence_nll,
+    write_predictions,
+)
 from kv_trainer.metrics import ExactAnswer, Perplexity, extract_answer, normalize_answer
 
 PATTERN = r"####\s*(.+)"
@@ -191,6 +198,20 @@ def test_answers_match_unpadded_greedy_decoding(model, tokenizer, rows, batch_si
     config = EvaluationConfig(max_new_tokens=30, batch_size=batch_size)
     expected = [tokenizer.decode(new, skip_special_tokens=True) for new in tokens]
     assert generate_texts(model, tokenizer, prompts, config) == expected
+
+
+def test_what_is_found_of_each_row_makes_the_metrics(model, tokenizer, rows, tmp_path) -> None:
+    rows = [{**row, "answer": "" if i == 3 else row["answer"]} for i, row in enumerate(rows)]
+    config = EvaluationConfig(max_new_tokens=4, batch_size=3, answer_pattern="(.+)")
+    results, found = evaluate_rows(model, tokenizer, rows, config, progress=False)
+    assert results == evaluate_model(model, tokenizer, rows, config, progress=False)
+    assert [row["row"] for row in found] == list(range(len(rows)))
+    assert found[3]["hit"] is found[3]["prediction"] is found[3]["reference"] is None
+    asked = [row for row in found if row["hit"] is not None]
+    assert sum(row["hit"] for row in asked) / len(asked) == results["eval_accuracy"]
+    assert sum(row["nll"] for row in found) / sum(row["tokens"] for row in found) == results["eval_loss"]
+    write_predictions(tmp_path / "found.jsonl", found)
+    assert read_predictions(tmp_path / "found.jsonl") == found
 
 
 def test_evaluate_model_and_batch_sizes_agree(model, tokenizer, rows) -> None:

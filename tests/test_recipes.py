@@ -144,7 +144,7 @@ def test_unknown_keys(text: str, message: str) -> None:
             "'evaluation.batch_size' in recipes/x.yaml, line 3 is there twice;",
         ),
         ("on: 1", "The key True in recipes/x.yaml, line 3 is not text (bool); put it in quotes."),
-        ("control: {shuffle: row}", "is 'row' (str); give 'rows' or null. Did you mean 'rows'?"),
+        ("control: {shuffle: row}", "is 'row' (str); give one of 'rows', 'positions' or null. Did you mean 'rows'?"),
         ("projector: {mlp_ratio: aut}", "is 'aut' (str); give a float or 'auto'. Did you mean 'auto'?"),
         (
             "alignment: {layers: {method: nearst}}",

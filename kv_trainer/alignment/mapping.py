@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..types import KVStates, TeacherSignal
 from .layers import LayerMap
+from .shuffle import moved
 from .time import place_selected, rkv_select, time_resample
 from .tokens import REASONING, take
 
@@ -30,11 +31,13 @@ class AlignedTeacher:
 
 
 def align(
-    signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, shuffle: bool = False
-) -> AlignedTeacher:
+    signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, shuffle: bool = False,
+    positions: Tensor | None = None,
+) -> AlignedTeacher:  # fmt: skip
     """mask: [B, T] of the student. kv: whether keys and values themselves are wanted, or only their mask.
 
-    shuffle: every sample gets what belongs to the one before it in the batch; for the control.
+    shuffle: every sample gets what belongs to the one before it in the batch; for the control. positions:
+    [B, T], for the other control: every student position gets what belongs to this one of its sample.
     """
     rows, samples = signal.rows, len(mask)
     index = signal.index if rows is None else signal.index[rows]
@@ -42,7 +45,8 @@ def align(
     def whole(x: Tensor) -> Tensor:
         """Some samples [b, ...] as a whole batch [B, ...], zero in the others."""
         x = x if rows is None else x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
-        return x.roll(1, 0) if shuffle else x
+        x = x.roll(1, 0) if shuffle else x
+        return x if positions is None else moved(x, positions)
 
     def place(x: Tensor) -> Tensor:
         return whole(time_resample(x, index))

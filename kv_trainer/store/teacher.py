@@ -44,7 +44,8 @@ class StoredTeacher:
 
     def describe(self) -> dict[str, Any]:
         """As in the manifest of a run with the live teacher, so that either may go on with the other's checkpoint."""
-        return {k: self.told[k] for k in ("model", "revision", "weights", "tokenizer")} | {"weight": self.weight}
+        told = ("model", "revision", "weights", "tokenizer", "random")
+        return {k: self.told[k] for k in told if k in self.told} | {"weight": self.weight}
 
     def place(self, name: str, device: torch.device) -> None:
         """Nothing lies anywhere."""
@@ -129,14 +130,14 @@ def open_teacher(
         "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
         "teachers": {name: {
             "model": Path(str(given.model)).name, "revision": given.revision, "chat": given.chat,
-            "text": what_is_read(args.data, name),
+            "text": what_is_read(args.data, name), "random": given.random,
         }},
     }  # fmt: skip
     saved = {
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
             "model": Path(told["model"]).name, "revision": told["asked_revision"], "chat": told["chat"],
-            "text": told["text"],
+            "text": told["text"], "random": told.get("random", False),
         }},
     }  # fmt: skip
     if record["form"] == "raw":  # of any student; but the teacher must read what it read then

@@ -1,0 +1,148 @@
+"""One run of an experiment: `kv-trainer train`, and a record of what it began with and what it was given.
+
+python -m kv_trainer.experiments.arm RECIPE [--quick] [--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..arguments import Recipe
+from ..cli import leave_together
+from ..facts import hardware
+from ..files import write_text
+from ..losses import CrossEntropy
+from ..manifest import last_whole
+from ..recipes import load_recipe
+from ..run import train
+from ..trainer import MultiTeacherKVTrainer
+from .fingerprints import digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
+from .jobs import RECORD
+
+
+def now() -> dict[str, float]:
+    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
+
+
+class Recorder(TrainerCallback):
+    """What a run was given, step by step: row numbers, supervised tokens, samples, and seconds since it began.
+
+    Seconds are of training alone: without loading, evaluations and saves; of the wall, and of the processor, a thread.
+    What was recorded until a checkpoint lies beside it, so that a resumed run goes on.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[torch.Tensor]] = []
+        self.tokens: list[Any] = []
+        self.samples: list[Any] = []
+        self.clocks: dict[str, list[float]] = {"wall": [], "processor": []}
+        self.seconds, self.mark = dict.fromkeys(self.clocks, 0.0), now()
+        self.begin: dict[str, Any] = {}
+
+    def attach(self, trainer: MultiTeacherKVTrainer) -> None:
+        """To a trainer that is about to train."""
+        self.begin = {"initial": hash_weights(trainer.model), "train_rows": hash_rows(trainer.train_dataset)}
+        if trainer.eval_dataset is not None:
+            shared = shared_prompts(trainer.train_dataset, trainer.eval_dataset)
+            self.begin |= {"eval_rows": hash_evaluation(trainer.eval_dataset), "shared_prompts": shared}
+        inner, self.trainer = trainer.get_batch_samples, trainer
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            batches, tokens = inner(*args, **kwargs)
+            if batches:
+                self.rows.append([batch["row"] for batch in batches])
+                self.tokens.append(tokens)
+                self.samples.append(trainer._samples_in_step)
+            return batches, tokens
+
+        trainer.get_batch_samples = recorded  # type: ignore[method-assign]
+        trainer.add_callback(self)
+        self.mark = now()
+
+    @property
+    def kept(self) -> Path:
+        return Path(str(self.trainer.args.output_dir)) / f"progress-{self.trainer.args.process_index}.json"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
+        done = state.global_step
+        if done and not self.kept.exists():
+            raise ValueError(f"{args.output_dir} has checkpoints without a record of their rows; remove them.")
+        if done:
+            saved = json.loads(self.kept.read_text(encoding="utf-8"))
+            self.rows = [[torch.tensor(rows) for rows in step] for step in saved["rows"][:done]]
+            self.tokens, self.samples = saved["tokens"][:done], saved["samples"][:done]
+            self.clocks = {name: each[:done] for name, each in saved["clocks"].items()}
+            self.seconds = {name: each[-1] for name, each in self.clocks.items()}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
+        then, self.mark = self.mark, now()
+        for name, clock in self.clocks.items():
+            self.seconds[name] += self.mark[name] - then[name]
+            clock.append(round(self.seconds[name], 4))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
+        self.mark = now()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
+        rows = [[batch.tolist() for batch in step] for step in self.rows]
+        counts = {name: [float(n or 0) for n in getattr(self, name)] for name in ("tokens", "samples")}
+        write_text(self.kept, json.dumps({"rows": rows, **counts, "clocks": self.clocks}))
+        self.mark = now()
+
+    def order(self) -> str:
+        """A hash of the row numbers in the order in which they were trained on, over all ranks."""
+        mine = digest(json.dumps([[batch.tolist() for batch in step] for step in self.rows]).encode())
+        if self.trainer.args.world_size == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return digest("".join(gather_object([mine])).encode())
+
+    def record(self, results: dict[str, float]) -> dict[str, Any]:
+        args = self.trainer.args
+        loss = args.losses.get("cross_entropy", CrossEntropy())
+        return {
+            "seed": args.seed, "steps": len(self.rows), "tokens": int(sum(float(n or 0) for n in self.tokens)),
+            "samples": int(sum(map(float, self.samples))), **self.begin,
+            "order": self.order(), "cross_entropy": asdict(loss), "processes": args.world_size,
+            "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
+            f"{platform.python_version()}, {os.cpu_count()} cores",
+            "metrics": {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")},
+            "clocks": self.clocks,
+        }  # fmt: skip
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train a recipe; a run that was interrupted goes on from its last whole checkpoint. Returns the record."""
+    folder, recorder = Path(str(recipe.args.output_dir)), Recorder()
+    results = train(recipe, resume=last_whole(folder)[0] is not None, watch=recorder.attach)
+    record = recorder.record(results)
+    if recorder.trainer.is_world_process_zero():
+        write_text(folder / RECORD, json.dumps(record) + "\n")
+    return record
+
+
+def main(arguments: Sequence[str]) -> int:
+    recipe, *overrides = [word for word in arguments if word != "--quick"]
+    try:
+        run(load_recipe(recipe, overrides, quick="--quick" in arguments))
+    except (ValueError, OSError) as error:
+        print(f"kv-trainer: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    leave_together()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""`kv-trainer compare`: arms x seeds of an experiment, then a report of what differs and whether it holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..recipe_tree import RecipeError
+from ..recipe_values import suggest
+from .experiment import Experiment, load_experiment
+from .fairness import violations
+from .jobs import Job
+from .report import write_report
+from .results import Study, study_of
+from .runner import Runner, alone
+from .statistics import Comparison, mean
+from .words import figure_of, finding_of, p_words, percent
+
+
+def compare(
+    path: str, quick: bool = False, arms: Sequence[str] = (), seeds: Sequence[int] = (), report_only: bool = False,
+    console: Console | None = None,
+) -> Study:  # fmt: skip
+    """Run what is not finished of an experiment, and write its report. Returns what was found.
+
+    arms, seeds: only these; the arm that all are compared with always runs. ValueError where runs fail, after the
+    others, or where nothing can be reported.
+    """
+    console = console or Console()
+    experiment = load_experiment(path, quick)
+    chosen = experiment.needed(choose(experiment, arms))
+    numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
+    check_arms(experiment)
+    jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
+    extra = [arm for arm in chosen if arms and arm not in arms]
+    if extra:
+        console.print(f"also needed: {', '.join(extra)}")
+    if report_only:
+        found = {(job.arm, job.seed): job.record() for job in jobs}
+        records = {key: record for key, record in found.items() if record is not None}
+    else:
+        records = run_all(console, experiment, jobs)
+    study = study_of(experiment, [arm for arm in experiment.arms if arm in chosen], numbers, records)
+    folder = Path(experiment.output_dir) / "report"
+    write_report(study, folder)
+    print_study(console, study, folder)
+    return study
+
+
+def choose(experiment: Experiment, arms: Sequence[str]) -> list[str]:
+    for arm in arms:
+        if arm not in experiment.arms:
+            known = list(experiment.arms)
+            raise ValueError(f"{experiment.path} has no arm '{arm}'.{suggest(arm, known)} It has {', '.join(known)}.")
+    return list(arms) or experiment.is_quick and experiment.quick.arms or list(experiment.arms)
+
+
+def check_arms(experiment: Experiment) -> None:
+    """RecipeError, before anything runs, for an arm whose recipe does not resolve."""
+    for arm in experiment.arms:
+        Job(experiment, arm, experiment.seeds[0]).recipe_text()
+
+
+def describe(path: str, quick: bool = False) -> str:
+    """The line of `kv-trainer validate` for an experiment file."""
+    experiment = load_experiment(path, quick)
+    check_arms(experiment)
+    runs = len(experiment.arms) * len(experiment.seeds)
+    arms = ", ".join(experiment.arms)
+    return f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}"
+
+
+def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mapping[tuple[str, int], Mapping[str, Any]]:
+    """A line a run as it ends. ValueError, after all, where some failed."""
+    started, metric = time.monotonic(), experiment.metrics[0]
+    width = max(len(job.arm) for job in jobs)
+    at_once = f", {experiment.processes} at a time" if experiment.processes > 1 else ""
+    console.print(f"{len(jobs)} runs{at_once}, in {experiment.output_dir}", highlight=False)
+
+    def told(job: Job, record: Mapping[str, Any], ran: bool) -> None:
+        done, value = len(runner.records), record["metrics"].get(metric)
+        what = "no " + metric if value is None else f"{metric} {figure_of(metric, value)}"
+        took = f"{record['seconds'] / 60:5.1f} min" if ran else "finished before"
+        line = f"{done:>{len(str(len(jobs)))}}/{len(jobs)}  {job.arm:<{width}}  seed {job.seed}  {what:>18}  {took}"
+        console.print(line, markup=False, highlight=False)
+
+    runner = Runner(experiment, told)
+    with alone(Path(experiment.output_dir)):
+        failed = runner.run(jobs)
+    if failed:
+        lines = "; ".join(f"{job.arm}-{job.seed}: {error}" for job, error in failed.items())
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {lines}")
+    console.print(f"all runs after {(time.monotonic() - started) / 60:.1f} min", style="dim", highlight=False)
+    return runner.records
+
+
+def print_study(console: Console, study: Study, folder: Path) -> None:
+    """The table of comparisons, what is not fair, and where the report is."""
+    metric = study.experiment.metrics[0]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm", no_wrap=True)
+    for title in (metric, f"against {study.experiment.against}", "95% interval", "p", "verdict"):
+        table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
+    compared = {one.arm: one for one in study.judged}
+    for arm in study.arms:
+        value = figure_of(metric, mean(study.values[arm][metric]))
+        table.add_row(arm, value, *cells(compared[arm]) if arm in compared else ())
+    console.print()
+    console.print(table)
+    console.print()
+    for one in study.judged:
+        console.print(f"- {escape(finding_of(study, one))}", highlight=False)
+    for finding in study.findings:
+        if finding.allowed is not None:
+            console.print(f"unequal: {escape(finding.arm)}: {escape(finding.words)} ({escape(finding.allowed)})")
+    for finding in violations(study.findings):
+        console.print(f"NOT FAIR: {finding.arm}: {finding.words}", style="bold red", markup=False, highlight=False)
+    if study.missing:
+        console.print(f"not finished: {', '.join(study.missing)}", style="yellow", markup=False, highlight=False)
+    if study.experiment.is_quick:
+        console.print("a quick run: short, few rows; it shows that all works, not which arm is better", style="yellow")
+    for name in ("report.html", "report.md"):
+        # soft_wrap: a path must stay one piece to be copied.
+        console.print(f"report: {folder / name}", soft_wrap=True, markup=False, highlight=False)
+
+
+def cells(one: Comparison) -> tuple[str, str, str, str]:
+    low, high = (None if x is None else percent(one.metric, x) for x in (one.low, one.high))
+    return percent(one.metric, one.difference), "-" if low is None else f"{low} to {high}", p_words(one.p), one.verdict
+
+
+__all__ = ["RecipeError", "compare", "describe"]

@@ -1,0 +1,196 @@
+"""An experiment file: a recipe, arms that change it, seeds, and by what rule arms are judged."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..recipe_tree import Node, RecipeError, read_file
+from ..recipe_values import build, mapping, suggest, unknown
+
+
+@dataclass
+class VerdictRule:
+    """In points: of a share, percentage points; of any other metric, percent of the value it is compared with."""
+
+    keep: float = 2.0
+    optional: float = 1.0
+    p: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.optional <= self.keep:
+            raise ValueError(f"optional is {self.optional} and keep is {self.keep}; give 0 <= optional <= keep.")
+        if not 0 < self.p < 1:
+            raise ValueError(f"p is {self.p}; give a number between 0 and 1.")
+
+    def __str__(self) -> str:
+        return (
+            f"keep: better by more than {self.keep:g} points, and p < {self.p:g} (paired t-test over seeds, "
+            f"Holm-corrected over arms). optional: better by {self.optional:g} points or more, but not keep. drop: "
+            "less than that, or unstable: the standard deviation of the differences over seeds exceeds their mean. "
+            "Fewer than 3 seeds: none."
+        )
+
+
+@dataclass
+class QuickRuns:
+    """What `--quick` makes of the experiment: each run is cut down as by `kv-trainer train --quick`, then changed."""
+
+    seeds: int = field(default=3, metadata={"help": "The first so many seeds at most."})
+    arms: list[str] = field(default_factory=list, metadata={"help": "Only these; default all."})
+    overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the recipe; they win."})
+
+
+@dataclass
+class Arm:
+    """One way of training: the recipe with some settings changed."""
+
+    set: dict[str, Any] = field(default_factory=dict, metadata={"help": "losses.kv.weight: 3, teachers: null, ..."})
+    like: str | None = field(default=None, metadata={"help": "Begin with the settings of this arm."})
+    seconds_of: str | None = field(
+        default=None, metadata={"help": "As many steps as this arm's seconds allow, at the pace of `like`."}
+    )
+    against: str | None = field(default=None, metadata={"help": "Compare it with this arm, not the experiment's."})
+    control: bool = field(default=False, metadata={"help": "It is to show that the gain is not an accident."})
+    unequal: str | None = field(default=None, metadata={"help": "Why its budget may differ; shown in the report."})
+    where: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if self.seconds_of and not self.like:
+            raise ValueError("seconds_of needs 'like', the arm whose pace is measured; add like: ARM.")
+
+
+@dataclass
+class Experiment:
+    recipe: str = field(default="", metadata={"help": "The base recipe, a path from this file."})
+    output_dir: str = ""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    against: str = field(default="", metadata={"help": "What arms are compared with; default the first."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "perplexity"], metadata={"help": "The first is the one judged."}
+    )
+    processes: int = field(default=1, metadata={"help": "Runs at a time."})
+    clock: Literal["wall", "processor"] = field(
+        default="wall", metadata={"help": "Seconds of the wall, or of processor time, where others compute too."}
+    )
+    launcher: list[str] = field(default_factory=list, metadata={"help": "Such as [accelerate, launch]."})
+    verdict: VerdictRule = field(default_factory=VerdictRule)
+    overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the recipe for all arms."})
+    quick: QuickRuns = field(default_factory=QuickRuns)
+    arms: dict[str, Arm] = field(default_factory=dict, init=False)
+    path: str = field(default="", init=False)
+    is_quick: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; give one or more, each once.")
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}; give 1 or more.")
+        if not self.metrics:
+            raise ValueError("metrics is empty; name one or more, such as accuracy.")
+
+    def compared_with(self, name: str) -> str:
+        return self.arms[name].against or self.against
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The changed settings of an arm, dotted name -> value; what comes later wins."""
+        found, chain = dict(self.overrides), [name]
+        while like := self.arms[chain[-1]].like:
+            chain.append(like)
+        for one in reversed(chain):
+            for key, value in self.arms[one].set.items():
+                found.pop(key, None)  # at its own place in the order: `teachers: null` clears what came before
+                found[key] = value
+        return {**found, **self.quick.overrides} if self.is_quick else found
+
+    def needed(self, chosen: Sequence[str]) -> list[str]:
+        """The chosen arms and those they cannot do without, each after the arms it waits for."""
+        order: list[str] = []
+
+        def add(name: str) -> None:
+            arm = self.arms[name]
+            for other in (arm.like, arm.seconds_of) if arm.seconds_of else ():
+                add(str(other))
+            if name not in order:
+                order.append(name)
+
+        wanted = {self.against, *chosen, *(self.compared_with(name) for name in chosen)}
+        for name in self.arms:  # in the order of the file
+            if name in wanted:
+                add(name)
+        return order
+
+
+def is_experiment(path: str | os.PathLike[str]) -> bool:
+    """Whether a YAML file has `arms` at its top level."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and "arms" in content
+
+
+def load_experiment(path: str | os.PathLike[str], quick: bool = False) -> Experiment:
+    """An experiment file as dataclasses. RecipeError, one line that says where, for what is wrong in it."""
+    tree = read_file(Path(path), str(path))
+    known = [f.name for f in fields(Experiment) if f.init] + ["arms"]
+    for key, node in tree.value.items():
+        if key not in known:
+            raise unknown(key, "", node, known)
+    arms = tree.value.pop("arms", None)
+    if arms is None or not arms.value:
+        raise RecipeError(f"arms is missing in {path}; give arms: {{NAME: {{set: ...}}, ...}}.")
+    experiment = build(Experiment, tree, "")
+    experiment.path, experiment.is_quick = str(path), quick
+    for name, node in mapping(arms, "arms").items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise RecipeError(f"The arm '{name}' {node.where} needs a name of letters, digits, _ . and - only.")
+        experiment.arms[name] = build(Arm, node, f"arms.{name}")
+        experiment.arms[name].where = node.where
+    check_names(experiment, tree, arms)
+    set_places(experiment, tree, Path(path))
+    return experiment
+
+
+def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
+    """Every arm that is named must be there, and no arm may lead back to itself."""
+    names = list(experiment.arms)
+    experiment.against = experiment.against or names[0]
+    named = [("against", experiment.against, tree.at("against"))]
+    named += [("quick.arms", name, tree.at("quick", "arms")) for name in experiment.quick.arms]
+    for name, arm in experiment.arms.items():
+        for key in ("like", "seconds_of", "against"):
+            if other := getattr(arm, key):
+                named.append((f"arms.{name}.{key}", other, arms.at(name, key)))
+    for key, name, where in named:
+        if name not in names:
+            raise RecipeError(f"{key} {where} is '{name}', which is no arm.{suggest(name, names)} {', '.join(names)}.")
+    for name in names:
+        seen, waiting = {name}, [name]
+        while waiting:
+            arm = experiment.arms[waiting.pop()]
+            others = [other for other in (arm.like, arm.seconds_of) if other]
+            if name in others:
+                raise RecipeError(f"arms.{name} {arms.at(name)} leads back to itself by like or seconds_of.")
+            waiting += [other for other in others if other not in seen]
+            seen.update(others)
+
+
+def set_places(experiment: Experiment, tree: Node, path: Path) -> None:
+    """The recipe as a path from here, and output_dir as recipes have it: from here too."""
+    if not experiment.recipe:
+        raise RecipeError(f"recipe is missing in {path}; give recipe: ./recipe.yaml, a path from this file.")
+    target = os.path.abspath(path.parent / experiment.recipe)
+    if not os.path.isfile(target):
+        where = tree.at("recipe")
+        raise RecipeError(f"recipe {where} is '{experiment.recipe}', which does not exist (looked for {target}).")
+    experiment.recipe = os.path.relpath(target) if Path(target).is_relative_to(os.getcwd()) else target
+    default = os.path.join("outputs", path.resolve().parent.name, path.stem)
+    folder = (experiment.output_dir or default).rstrip("/\\")
+    experiment.output_dir = folder + "-quick" if experiment.is_quick else folder

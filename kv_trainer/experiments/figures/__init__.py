@@ -1,0 +1,66 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ...arguments import Recipe
+from ...recipes import load_recipe
+from ..contribution import find_game
+from ..jobs import Job
+from ..reach import reached
+from ..results import Study
+from .bars import draw_bars, draw_reached
+from .curves import draw_curves, draw_terms
+from .shares import draw_contribution, draw_routing
+from .tokens import draw_alignment
+
+__all__ = ["draw_all"]
+logger = logging.getLogger(__name__)
+
+
+def draw_all(study: Study, folder: Path) -> dict[str, str]:
+    """Every picture that the runs have the figures for, in the order of the report: file name -> caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    metric = study.experiment.metrics[0]
+    draw_bars(study, folder / "arms.png")
+    found = {"arms.png": f"{metric} by arm and task: mean, standard deviation over seeds, and each seed as a dot"}
+    there = reached(study)
+    if there is not None:
+        found["curves.png"] = draw_curves(study, folder / "curves.png")
+        draw_reached(study, there, folder / "reached.png")
+        against = study.experiment.against
+        found["reached.png"] = f"steps and seconds until the training loss with which {against} ends (same seed)"
+    found |= draw_routing(study, folder)
+    game = find_game(study)
+    if game is not None:
+        draw_contribution(study, game, folder / "contribution.png")
+        found["contribution.png"] = f"what each teacher of {game.whole} contributes, by the arms that have fewer"
+    taught = taught_arm(study)
+    if taught is not None and draw_terms(study, taught, folder / "terms.png"):
+        found["terms.png"] = f"share of each weighted term in the loss of {taught} over its steps"
+    if draw_alignment(most_teachers(study), folder / "alignment.png"):
+        found["alignment.png"] = "one training row: a line where teacher and student have read the same text"
+    return found
+
+
+def most_teachers(study: Study) -> Recipe:
+    """The recipe of the arm that has most of them."""
+    recipes = []
+    for arm in study.ranked():
+        words = [word for word in Job(study.experiment, arm, study.seeds[0]).overrides() if word != "--quick"]
+        recipes.append(load_recipe(study.experiment.recipe, words))
+    return max(recipes, key=lambda recipe: len(recipe.teachers))
+
+
+def taught_arm(study: Study) -> str | None:
+    """The best arm whose loss has several terms."""
+
+    def terms(arm: str) -> int:
+        first = (study.metrics(arm, study.seeds[0]) or [{}])[0]
+        return sum(name.startswith("weight_") for name in first)
+
+    return next((arm for arm in study.ranked() if terms(arm) > 1), None)

@@ -1,0 +1,59 @@
+"""Hashes by which two runs are told to have begun alike: weights, rows, and what a split shares with another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..bridge import NAME
+from ..data import IGNORED
+
+
+def digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Of the student's parameters and buffers by name, without the bridge."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if f"{NAME}." not in name:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + flat.numpy().tobytes())
+    return found.hexdigest()
+
+
+def hash_rows(rows: Dataset) -> str:
+    """Of the student's tokens and labels of all rows, in order: the text on which it learns the next token."""
+    return hash_columns(rows, ("input_ids", "labels"))
+
+
+def hash_evaluation(rows: Dataset) -> str:
+    return hash_columns(rows, ("input_ids", "labels", "answer"))
+
+
+def hash_columns(rows: Dataset, names: Iterable[str]) -> str:
+    there = [name for name in names if name in rows.column_names]
+    return digest(*(json.dumps([row[name] for name in there]).encode() for row in rows.select_columns(there)))
+
+
+def shared_prompts(train: Dataset, evaluation: Dataset) -> int:
+    """How many evaluation rows have a prompt that is trained on."""
+    seen = {prompt(row) for row in train.select_columns(["input_ids", "labels"])}
+    return sum(prompt(row) in seen for row in evaluation.select_columns(["input_ids", "labels"]))
+
+
+def prompt(row: Mapping[str, Sequence[Any]]) -> str:
+    """A hash of the tokens before the first that is supervised; of all of them where there is no prompt."""
+    ids, labels = row["input_ids"], row["labels"]
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+    return digest(json.dumps(list(ids[:first] or ids)).encode())

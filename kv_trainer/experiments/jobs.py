@@ -1,0 +1,98 @@
+"""The runs of an experiment: which command each is, and what it left if it is finished."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..manifest import differences
+from ..recipe_tree import RecipeError
+from ..recipes import dump_recipe, load_recipe
+from .experiment import Experiment
+
+RECORD = "arm.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: an arm with a seed."""
+
+    experiment: Experiment
+    arm: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment.output_dir) / f"{self.arm}-{self.seed}"
+
+    @property
+    def waits_for(self) -> list[tuple[str, int]]:
+        """The runs whose seconds say how long this one is."""
+        arm = self.experiment.arms[self.arm]
+        return [(str(other), self.seed) for other in (arm.like, arm.seconds_of)] if arm.seconds_of else []
+
+    def overrides(self, max_steps: int | None = None) -> list[str]:
+        """What the command line of this run has behind the recipe."""
+        settings = self.experiment.settings(self.arm)
+        settings |= {} if max_steps is None else {"training.max_steps": max_steps}
+        settings |= {"training.seed": self.seed, "training.output_dir": self.folder.as_posix()}
+        words = [word for key, value in settings.items() for word in (f"--{key}", as_word(value))]
+        return (["--quick"] if self.experiment.is_quick else []) + words
+
+    def recipe_text(self, max_steps: int | None = None) -> str:
+        """The recipe of this run as it is resolved. RecipeError names the arm."""
+        words = [word for word in self.overrides(max_steps) if word != "--quick"]
+        arm = self.experiment.arms[self.arm]
+        try:
+            return dump_recipe(load_recipe(self.experiment.recipe, words, self.experiment.is_quick))
+        except RecipeError as error:
+            raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
+
+    def saved_text(self) -> str:
+        """The recipe with which the finished run was made; settings it does not know yet have their defaults."""
+        return dump_recipe(load_recipe(self.folder / "recipe.yaml"))
+
+    def record(self) -> dict[str, Any] | None:
+        """What the finished run left; None where it is not finished. ValueError if it is of other settings."""
+        path = self.folder / RECORD
+        if not path.exists():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        steps = record["steps"] if self.experiment.arms[self.arm].seconds_of else None
+        found = differences(yaml.safe_load(self.saved_text()), yaml.safe_load(self.recipe_text(steps)))
+        if found:
+            raise ValueError(
+                f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "
+                "or give another output_dir."
+            )
+        clock = record["clocks"][self.experiment.clock]
+        return {**record, "clock": clock, "seconds": clock[-1]}
+
+    def shown(self, record: Mapping[str, Any]) -> str:
+        """The command that makes this run again, without this experiment."""
+        launcher = self.experiment.launcher
+        start = [*launcher, "-m", "kv_trainer", "train"] if launcher else ["kv-trainer", "train"]
+        steps = record["steps"] if self.experiment.arms[self.arm].seconds_of else None
+        threads = [f"OMP_NUM_THREADS={record['threads']}"] if record.get("threads") else []
+        return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps)])])
+
+
+def as_word(value: Any) -> str:
+    """A setting's value as the command line takes it: YAML in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def equal_steps(job: Job, records: Mapping[tuple[str, int], Mapping[str, Any]]) -> int | None:
+    """How many steps of `like` take as long as `seconds_of` did, with the same seed; None for other arms."""
+    arm = job.experiment.arms[job.arm]
+    if arm.seconds_of is None:
+        return None
+    pace, other = records[str(arm.like), job.seed], records[arm.seconds_of, job.seed]
+    return max(1, round(other["seconds"] / (pace["seconds"] / pace["steps"])))

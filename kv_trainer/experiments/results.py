@@ -1,0 +1,174 @@
+"""The finished runs of an experiment as one table of values: results.json, and what the report and figures read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..callbacks import METRICS_FILE, read_metrics
+from ..evaluation import read_predictions
+from ..run import PREDICTIONS
+from .experiment import Experiment
+from .fairness import Finding, Records, check_budget
+from .jobs import Job
+from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
+
+MACRO = "accuracy_macro"
+NOT_JUDGED = "not judged"  # of every metric but the first
+
+
+@dataclass
+class Items:
+    """What some runs of one arm found of every test item: [seeds, items] hits and nll, [items] tokens and tasks."""
+
+    hits: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    tasks: np.ndarray
+
+    def value(self, metric: str, seeds: Any, items: Any) -> float:
+        """A metric over some seeds and items, each as often as it is named; NaN for one that items do not have."""
+        if metric in ("loss", "perplexity"):
+            loss = self.nll[seeds][:, items].sum(1) / max(1, self.tokens[items].sum())
+            return float((np.exp(loss) if metric == "perplexity" else loss).mean())
+        hits, tasks = self.hits[seeds][:, items], self.tasks[items]
+        if metric == "accuracy":
+            return float(np.nanmean(hits)) if np.isfinite(hits).any() else math.nan
+        if metric == MACRO:
+            return float(np.mean([hits[:, tasks == task].mean() for task in np.unique(tasks)]))
+        chosen = tasks == metric.removeprefix("accuracy_")
+        return float(hits[:, chosen].mean()) if metric.startswith("accuracy_") and chosen.any() else math.nan
+
+
+@dataclass
+class Study:
+    """arms, seeds: those of which every run is there; missing: the runs that are not."""
+
+    experiment: Experiment
+    records: Records
+    arms: list[str]
+    seeds: list[int]
+    missing: list[str] = field(default_factory=list)
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, list[float]]]:
+        """arm -> metric -> one value a seed."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for arm in self.arms:
+            each = [with_macro(self.records[arm, seed]["metrics"]) for seed in self.seeds]
+            names = [name for name in each[0] if all(name in one for one in each)]
+            found[arm] = {name: [one[name] for one in each] for name in names}
+        return found
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        names = [n for n in self.values[self.arms[0]] if n.startswith("accuracy_") and n != MACRO]
+        return sorted(name.removeprefix("accuracy_") for name in names)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        return check_budget(self.experiment, self.arms, self.seeds, self.records)
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Of every metric that is asked for; ValueError names one that the runs do not have."""
+        found = []
+        for metric in self.experiment.metrics:
+            for arm in self.arms:
+                if metric not in self.values[arm]:
+                    known = ", ".join(self.values[arm])
+                    raise ValueError(f"metrics names '{metric}', which the runs of {arm} do not have; known: {known}.")
+            values = {arm: self.values[arm][metric] for arm in self.arms}
+            others = {arm: self.experiment.compared_with(arm) for arm in self.arms}
+            others = {arm: other for arm, other in others.items() if arm != other and arm != self.experiment.against}
+            rule = self.experiment.verdict
+            each = compare(values, others, metric, rule, lambda arm, m=metric: self.interval(arm, m))
+            found += each if metric == self.experiment.metrics[0] else [replace(c, verdict=NOT_JUDGED) for c in each]
+        return found
+
+    @property
+    def judged(self) -> list[Comparison]:
+        return [c for c in self.comparisons if c.metric == self.experiment.metrics[0]]
+
+    def budget(self, arm: str, name: str) -> float:
+        """The mean over seeds of steps, tokens or seconds."""
+        return mean([self.records[arm, seed][name] for seed in self.seeds])
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return Job(self.experiment, arm, seed).folder
+
+    def metrics(self, arm: str, seed: int) -> list[dict[str, Any]]:
+        path = self.folder(arm, seed) / METRICS_FILE
+        return read_metrics(path) if path.exists() else []
+
+    def items(self, arm: str) -> Items | None:
+        """None where a run has no predictions, or rows of its own."""
+        if arm not in self._items:
+            paths = [self.folder(arm, seed) / PREDICTIONS for seed in self.seeds]
+            self._items[arm] = gather([read_predictions(p) for p in paths]) if all(p.exists() for p in paths) else None
+        return self._items[arm]
+
+    _items: dict[str, Items | None] = field(default_factory=dict)
+
+    def interval(self, arm: str, metric: str) -> tuple[float, float] | None:
+        """Of the difference to its other: over seeds and test items; over seeds alone where items do not have it."""
+        against = self.experiment.compared_with(arm)
+        ours, theirs = self.items(arm), self.items(against)
+        paired = ours is not None and theirs is not None and ours.hits.shape == theirs.hits.shape
+        every = np.arange(len(self.seeds))
+        if ours is None or theirs is None or not paired or math.isnan(ours.value(metric, every, slice(None))):
+            return interval_over_seeds(self.values[arm][metric], self.values[against][metric])
+
+        def difference(seeds: Any, items: Any) -> float:
+            return ours.value(metric, seeds, items) - theirs.value(metric, seeds, items)
+
+        return bootstrap(len(self.seeds), ours.hits.shape[1], difference)
+
+    def ranked(self) -> list[str]:
+        """The arms, no controls, the best first: by the judged metric, where that is equal by the others."""
+
+        def score(arm: str) -> list[float]:
+            means = {metric: mean(self.values[arm][metric]) for metric in self.experiment.metrics}
+            return [-value if lower_is_better(metric) else value for metric, value in means.items()]
+
+        return sorted((a for a in self.arms if not self.experiment.arms[a].control), key=score, reverse=True)
+
+    def machines(self) -> list[str]:
+        return sorted({record["machine"] for record in self.chosen()})
+
+    def chosen(self) -> list[Mapping[str, Any]]:
+        return [self.records[arm, seed] for arm in self.arms for seed in self.seeds]
+
+
+def with_macro(metrics: Mapping[str, float]) -> dict[str, float]:
+    """With the mean over tasks, where there are several."""
+    tasks = [v for n, v in metrics.items() if n.startswith("accuracy_") and n != MACRO]
+    return {**metrics, **({MACRO: mean(tasks)} if len(tasks) > 1 else {})}
+
+
+def gather(runs: list[list[dict[str, Any]]]) -> Items | None:
+    numbers = [[row["row"] for row in run] for run in runs]
+    if any(one != numbers[0] for one in numbers):
+        return None
+    column = lambda name: np.array([[row[name] for row in run] for run in runs], dtype=float)  # noqa: E731
+    tasks = np.array([row["task"] or "" for row in runs[0]])
+    return Items(column("hit"), column("nll"), column("tokens")[0], tasks)
+
+
+def study_of(experiment: Experiment, arms: list[str], seeds: list[int], records: Records) -> Study:
+    """What can be told of the runs that are there. ValueError where `against`, or a seed of all arms, is not."""
+    missing = [f"{arm}-{seed}" for arm in arms for seed in seeds if (arm, seed) not in records]
+    begun = [arm for arm in arms if any((arm, seed) in records for seed in seeds)]
+    common = [seed for seed in seeds if all((arm, seed) in records for arm in begun)]
+    if experiment.against not in begun or not common:
+        raise ValueError(
+            f"{experiment.output_dir} has no seed of which every begun arm, {experiment.against} among them, is "
+            f"finished; missing: {', '.join(missing)}. Run the experiment without --report-only."
+        )
+    return Study(experiment, records, begun, common, missing)

@@ -1,0 +1,152 @@
+"""The runs of an experiment carried out, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .experiment import Experiment
+from .jobs import Job, equal_steps
+
+LOG = "log.txt"
+
+
+class RunFailed(ValueError):
+    """A run ended with an error."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside the block no other experiment runs in `folder`; ValueError if one does. Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"Another experiment runs in {folder}; wait for it, or give another output_dir.") from None
+        yield
+
+
+@dataclass
+class Runner:
+    """Runs jobs, `processes` at a time, each in a process of its own. told: job, its record, whether it ran now."""
+
+    experiment: Experiment
+    told: Callable[[Job, Mapping[str, Any], bool], None]
+    records: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    failed: dict[Job, Exception] = field(default_factory=dict)
+    _queue: list[Job] = field(default_factory=list)
+    _running: dict[Job, subprocess.Popen] = field(default_factory=dict)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _stopped: bool = False
+
+    def run(self, jobs: list[Job]) -> dict[Job, Exception]:
+        """All jobs, those that wait for others as soon as these have ended. Returns what failed, and why.
+
+        Whatever stops this, such as Ctrl-C, stops the runs too; they begin anew, or go on from their last checkpoint,
+        when the experiment is run again.
+        """
+        self._queue = list(jobs)
+        with ThreadPoolExecutor(self.experiment.processes) as pool:
+            workers = [pool.submit(self._work) for _ in range(self.experiment.processes)]
+            try:
+                for worker in workers:
+                    worker.result()
+            except BaseException:
+                self.stop()
+                raise
+        return self.failed
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            for process in self._running.values():
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGTERM)
+                else:
+                    process.terminate()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            error: Exception | None = None
+            try:
+                self._one(job)
+            except (ValueError, OSError) as found:
+                error = found
+            except BaseException:
+                self.stop()  # else the other workers would wait for this job
+                raise
+            with self._changed:
+                self.failed |= {} if error is None else {job: error}
+                self._changed.notify_all()
+
+    def _next(self) -> Job | None:
+        """The first job that waits for no other; None when there is none left."""
+        with self._changed:
+            while self._queue and not self._stopped:
+                ended = {*self.records, *((job.arm, job.seed) for job in self.failed)}
+                ready = next((job for job in self._queue if all(n in ended for n in job.waits_for)), None)
+                if ready is not None:
+                    self._queue.remove(ready)
+                    return ready
+                self._changed.wait()
+        return None
+
+    def _one(self, job: Job) -> None:
+        without = [f"{arm}-{seed}" for arm, seed in job.waits_for if (arm, seed) not in self.records]
+        if without:
+            raise RunFailed(f"it waits for {without[0]}, which failed")
+        record = job.record()
+        ran = record is None
+        if record is None:
+            record = self._start(job, equal_steps(job, self.records))
+        with self._changed:
+            self.records[job.arm, job.seed] = record
+            self.told(job, record, ran)
+
+    def _start(self, job: Job, steps: int | None) -> dict[str, Any]:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        launcher = self.experiment.launcher or [sys.executable]
+        command = [*launcher, "-m", "kv_trainer.experiments.arm", self.experiment.recipe, *job.overrides(steps)]
+        with (job.folder / LOG).open("w", encoding="utf-8") as log:
+            with self._changed:
+                if self._stopped:
+                    raise RunFailed("stopped")
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment(),
+                    start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the others whole
+                )  # fmt: skip
+                self._running[job] = process
+            try:
+                code = process.wait()
+            finally:
+                with self._changed:
+                    del self._running[job]
+        record = job.record() if code == 0 else None
+        if record is None:
+            lines = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+            raise RunFailed(f"{last} (exit status {code}; see {job.folder / LOG})")
+        return record
+
+    def _environment(self) -> dict[str, str]:
+        """Runs beside each other share the cores: more threads than cores slow all of them down."""
+        if self.experiment.processes == 1 or "OMP_NUM_THREADS" in os.environ:
+            return dict(os.environ)
+        threads = max(1, (os.cpu_count() or 1) // self.experiment.processes)
+        return {**os.environ, "OMP_NUM_THREADS": str(threads)}

@@ -1,0 +1,154 @@
+"""What several seeds say: paired tests, intervals, corrections, and the verdict. The tests are scipy's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from .experiment import VerdictRule
+
+Array = NDArray[np.float64]
+Value = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
+RESAMPLES = 2000
+FEWEST = 3  # seeds, for a verdict
+
+
+@dataclass
+class Comparison:
+    """One metric of an arm against that of another, paired by seed.
+
+    difference: arm - against, of the means over seeds. low, high: 95% interval of it, None where it cannot be had.
+    p: Holm-corrected over arms; p_raw: before that. effect: Cohen's d of the paired differences, None where they do
+    not vary. points: as the rule counts them, positive where the arm is better.
+    """
+
+    arm: str
+    against: str
+    metric: str
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    verdict: str
+    points: float
+    p_raw: float | None
+    effect: float | None
+    std: float
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def std(values: Sequence[float]) -> float:
+    """Over seeds, of a sample; 0 of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.split("_")[0] in ("perplexity", "loss")
+
+
+def paired_p(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """Two-sided, of a paired t-test over seeds; None of a single seed.
+
+    Of differences that are all the same the test says nothing: 1 where they are zero, else 0.
+    """
+    differences = np.subtract(ours, theirs)
+    if len(differences) < 2:
+        return None
+    if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
+        return 1.0 if abs(differences[0]) <= 1e-12 else 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def cohens_d(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    differences = np.subtract(ours, theirs)
+    spread = std(differences.tolist())
+    return float(differences.mean()) / spread if spread > 1e-12 else None
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Corrected p-values: the smallest of m times m, the next times m - 1, ..., never below the one before."""
+    found, highest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        found[i] = highest
+    return found
+
+
+def bootstrap(seeds: int, items: int, difference: Value, resamples: int = RESAMPLES) -> tuple[float, float] | None:
+    """95% percentile interval of a difference under resampling of both seeds and test items; the same every time.
+
+    difference: numbers of seeds and of items -> the difference over these. Arms stay paired: they share both.
+    """
+    if seeds < 2 or items < 2:
+        return None
+    found = stats.bootstrap(
+        (np.arange(seeds), np.arange(items)), difference, n_resamples=resamples, vectorized=False, paired=False,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return (float(found.low), float(found.high)) if math.isfinite(found.low + found.high) else None
+
+
+def interval_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
+    """95% interval of the mean difference by the t-distribution: for metrics that no test item has."""
+    differences = np.subtract(ours, theirs)
+    spread = std(differences.tolist()) / math.sqrt(len(differences))
+    if len(differences) < 2:
+        return None
+    if spread <= 1e-12:
+        return float(differences.mean()), float(differences.mean())
+    found = stats.t.interval(0.95, len(differences) - 1, loc=differences.mean(), scale=spread)
+    return float(found[0]), float(found[1])
+
+
+def points(ours: Sequence[float], theirs: Sequence[float], metric: str) -> float:
+    """How much better ours are: percentage points of a share; of another metric, percent of theirs."""
+    gain = mean(theirs) - mean(ours) if lower_is_better(metric) else mean(ours) - mean(theirs)
+    share = metric.split("_")[0] == "accuracy"
+    return 100 * gain if share else 100 * gain / abs(mean(theirs)) if mean(theirs) else math.inf * gain
+
+
+def verdict(
+    ours: Sequence[float], theirs: Sequence[float], metric: str, p: float | None, rule: VerdictRule
+) -> str:
+    """keep, optional or drop, by the rule; "none: fewer than 3 seeds" where nothing can be said."""
+    if len(ours) < FEWEST or p is None:
+        return f"none: fewer than {FEWEST} seeds"
+    better = points(ours, theirs, metric)
+    if not math.isfinite(better):
+        return "none: a value is not finite"
+    if better < rule.optional - 1e-9:
+        return "drop"
+    differences = np.subtract(ours, theirs).tolist()
+    if std(differences) > abs(mean(differences)):
+        return "drop (unstable)"
+    return "keep" if better > rule.keep + 1e-9 and p < rule.p else "optional"
+
+
+def compare(
+    values: Mapping[str, Sequence[float]], against: Mapping[str, str], metric: str, rule: VerdictRule,
+    intervals: Callable[[str], tuple[float, float] | None],
+) -> list[Comparison]:  # fmt: skip
+    """Every arm against its other. values: arm -> one value a seed; intervals: arm -> that of its difference."""
+    raw = {arm: paired_p(values[arm], values[other]) for arm, other in against.items()}
+    known = {arm: p for arm, p in raw.items() if p is not None and math.isfinite(p)}
+    corrected = dict(zip(known, holm(list(known.values())), strict=True))
+    found = []
+    for arm in raw:
+        ours, theirs, p = values[arm], values[against[arm]], corrected.get(arm)
+        low, high = intervals(arm) or (None, None)
+        found.append(Comparison(
+            arm, against[arm], metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
+            points(ours, theirs, metric), raw[arm], cohens_d(ours, theirs), std(np.subtract(ours, theirs).tolist()),
+        ))  # fmt: skip
+    return found

@@ -1,0 +1,73 @@
+"""Figures and verdicts in words, as the terminal and the report have them."""
+
+from __future__ import annotations
+
+import math
+
+from .results import Study
+from .statistics import Comparison, lower_is_better, mean
+
+
+def is_share(metric: str) -> bool:
+    return metric.split("_")[0] == "accuracy"
+
+
+def figure_of(metric: str, value: float) -> str:
+    """A value as people read it: 91.2% of a share, 1.012 of anything else."""
+    return f"{value:.1%}" if is_share(metric) else f"{value:.4g}"
+
+
+def spread_of(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.2g}"
+
+
+def percent(metric: str, difference: float) -> str:
+    """A signed difference: +12.3 points, or in the metric's own unit."""
+    return f"{100 * difference:+.1f}" if is_share(metric) else f"{difference:+.3g}"
+
+
+def p_words(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def unit(metric: str) -> str:
+    return "points" if is_share(metric) else metric
+
+
+def finding_of(study: Study, one: Comparison) -> str:
+    """One sentence about an arm: how far it is from `against`, how sure that is, and the verdict."""
+    value = figure_of(one.metric, mean(study.values[one.arm][one.metric]))
+    apart = f"{percent(one.metric, one.difference)} {unit(one.metric)} from {one.against}"
+    sure = f"p {p_words(one.p)}".replace("p <", "p <") if one.p is not None else "no p"
+    start = f"{one.arm}: {one.metric} {value}, {apart}"
+    if one.low is not None and one.high is not None:
+        start += f" (95% interval {percent(one.metric, one.low)} to {percent(one.metric, one.high)}, {sure})"
+    arm = study.experiment.arms[one.arm]
+    if arm.control:
+        return f"{start}. Control: {share_of_gain(study, one)}."
+    return f"{start}. Verdict: {one.verdict}."
+
+
+def share_of_gain(study: Study, one: Comparison) -> str:
+    """How much of the best arm's gain a control has too."""
+    best = next(iter(study.ranked()), None)
+    sign = -1 if lower_is_better(one.metric) else 1
+    gains = {other.arm: sign * other.difference for other in study.judged}
+    if best is None or gains.get(best, 0.0) <= 0 or not math.isfinite(gains[best]):
+        return "no other arm has a gain that it could be measured against"
+    return f"{max(0.0, gains[one.arm]) / gains[best]:.0%} of the gain of {best}, the best arm"
+
+
+def steps_of_timed(study: Study) -> list[str]:
+    """Of every arm that was given another's seconds: how many steps that was, and what it really took."""
+    lines = []
+    for name in study.arms:
+        other = study.experiment.arms[name].seconds_of
+        if other is not None:
+            steps = ", ".join(f"{study.records[name, seed]['steps']:,}" for seed in study.seeds)
+            took, given = study.budget(name, "seconds"), study.budget(other, "seconds")
+            lines.append(
+                f"{name} trained as long as {other} with the same seed: {steps} steps; {took:.0f} s on average, "
+                f"{other} {given:.0f} s."
+            )
+    return lines

@@ -1,0 +1,198 @@
+"""The report on runs that were made up: every number can be told beforehand."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kv_trainer.experiments.compare import print_study
+from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.fairness import check_budget, violations
+from kv_trainer.experiments.jobs import Job
+from kv_trainer.experiments.reach import reached, trailing
+from kv_trainer.experiments.report import write_report
+from kv_trainer.experiments.results import Items, Study, study_of
+from kv_trainer.experiments.statistics import bootstrap
+
+EXPERIMENT = """recipe: r.yaml
+output_dir: out
+seeds: [1, 2, 3]
+arms:
+  ce: {}
+  timed: {like: ce, seconds_of: taught}
+  taught: {}
+  control: {control: true}
+"""
+HITS = {"ce": 1, "timed": 2, "taught": 8, "control": 2}  # of ten rows, and one more for each seed after the first
+STEPS = 40
+
+
+def write_run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    """predictions, metrics.jsonl and routing of a run; its record."""
+    folder.mkdir(parents=True)
+    hits = HITS[arm] + (seed == 3)
+    rows = [
+        {"row": i, "task": "odd" if i % 2 else "even", "prediction": "1", "reference": "1", "hit": i < hits,
+         "nll": 10.0 / (1 + hits) + 0.1 * (i % 3), "tokens": 10}
+        for i in range(10)
+    ]  # fmt: skip
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logs = []
+    for step in range(4, STEPS + 1, 4):
+        ce = 4.0 - (3.9 if arm == "taught" else 2.0) * step / STEPS + 0.05 * seed
+        log = {"step": step, "loss": ce, "loss_cross_entropy": ce, "weight_cross_entropy": 1.0}
+        if arm in ("taught", "control"):
+            log |= {"loss_kv_relation": 2.0 - step / STEPS, "weight_kv_relation": 3.0}
+        logs.append(log)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    if arm == "taught":
+        routing = {"teachers": ["a", "b"], "tasks": ["even", "odd"], "layer": [[0.5, 0.5], [0.5, 0.5]],
+                   "task": [[0.9, 0.1], [0.2, 0.8]]}  # fmt: skip
+        (folder / "routing.json").write_text(json.dumps(routing))
+    pace = 3.0 if arm in ("taught", "control") else 1.0
+    right = [row["hit"] for row in rows]
+    metrics = {"loss": 1.0, "perplexity": 2.7, "accuracy": sum(right) / 10, "accuracy_even": sum(right[::2]) / 5,
+               "accuracy_odd": sum(right[1::2]) / 5}  # fmt: skip
+    return {
+        "steps": STEPS, "samples": 80, "tokens": 400, "seconds": pace * STEPS, "order": "o", "initial": f"i{seed}",
+        "train_rows": "t", "eval_rows": "e", "shared_prompts": 0, "cross_entropy": {"weight": 1.0}, "metrics": metrics,
+        "clock": [pace * (i + 1) for i in range(STEPS)], "machine": "a machine", "threads": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("x")
+    Path("e.yaml").write_text(EXPERIMENT)
+    experiment = load_experiment("e.yaml")
+    records = {(a, s): write_run(Path("out") / f"{a}-{s}", a, s) for a in experiment.arms for s in (1, 2, 3)}
+    recipe = {"teachers": {}, "training": {"output_dir": ""}, "losses": {"cross_entropy": {}}, "fusion": 0,
+              "alignment": 0, "projector": 0}  # fmt: skip
+    monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: json.dumps(recipe))
+    monkeypatch.setattr("kv_trainer.experiments.figures.load_recipe", lambda *a: SimpleNamespace(teachers={}))
+    monkeypatch.setattr("kv_trainer.experiments.results.bootstrap", partial(bootstrap, resamples=200))
+    return study_of(experiment, list(experiment.arms), [1, 2, 3], records)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_trainer.experiments.report.draw_all", lambda study, folder: {})
+
+
+def test_results_have_what_others_read(study: Study, no_pictures: None) -> None:
+    write_report(study, Path("out/report"))
+    found = json.loads(Path("out/report/results.json").read_text())
+    assert found["arms"]["taught"]["accuracy"] == [0.8, 0.8, 0.9] and found["seeds"] == [1, 2, 3]
+    assert found["arms"]["taught"]["accuracy_macro"] == pytest.approx([0.8, 0.8, 0.9])
+    assert found["budget"]["taught"] == {"steps": 40, "tokens": 400, "seconds": 120}
+    one = next(c for c in found["comparisons"] if c["arm"] == "taught" and c["metric"] == "accuracy")
+    assert (one["against"], one["verdict"]) == ("ce", "keep")
+    assert one["difference"] == pytest.approx(0.7)
+    assert one["low"] < 0.7 < one["high"]
+    assert {c["verdict"] for c in found["comparisons"] if c["metric"] == "perplexity"} == {"not judged"}
+    assert found["fairness"] == [] and found["reached"]["taught"]["steps"] == [24, 24, 24]
+
+
+def test_the_report_is_whole_and_stands_alone(study: Study) -> None:
+    folder = Path("out/report")
+    write_report(study, folder)
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    for title in ("Findings", "Arms", "Comparisons", "Fairness", "Figures", "Rule", "Commands", "Versions"):
+        assert f"## {title}" in text and f"<h2>{title}" in page
+    assert "taught: accuracy 83.3%, +70.0 points from ce" in text and "Verdict: keep." in text
+    assert "Control: 14% of the gain of taught, the best arm" in text
+    assert "timed trained as long as taught with the same seed: 40, 40, 40 steps; 40 s on average, taught 120 s" in text
+    assert "OMP_NUM_THREADS=1 kv-trainer train r.yaml --training.seed 1 --training.output_dir out/ce-1" in text
+    pictures = sorted(path.name for path in (folder / "figures").iterdir())
+    assert pictures == ["arms.png", "curves.png", "reached.png", "routing_task_taught.png", "terms.png"]
+    assert all(f"figures/{name}" in text for name in pictures)
+    assert page.count("data:image/png;base64,") == len(pictures) and not re.search(r'(src|href)="(?!data:)', page)
+    assert (folder / "commands.sh").read_text().count("kv-trainer train") == 12
+
+
+def test_what_is_not_fair_is_loud(study: Study, no_pictures: None) -> None:
+    study.records["taught", 2]["tokens"] = 399
+    study.records["control", 1]["shared_prompts"] = 3
+    write_report(study, Path("out/report"))
+    text = Path("out/report/report.md").read_text()
+    told = "supervised tokens differ from those of ce (399 and 400), seed 2"
+    assert f"**NOT FAIR: taught: {told}.**" in text and "differ in taught" in text
+    assert "**NOT FAIR: control: 3 evaluation rows have a prompt that is trained on.**" in text
+    shown = io.StringIO()
+    print_study(Console(file=shown, width=160), study, Path("out/report"))
+    assert f"NOT FAIR: taught: {told}" in shown.getvalue()
+
+
+def test_what_may_differ(study: Study) -> None:
+    """The steps of an arm that has another's seconds; anything the file allows, which is still shown."""
+    experiment, records = study.experiment, study.records
+    for seed in study.seeds:
+        records["timed", seed] |= {"steps": 99, "tokens": 1, "samples": 2, "order": "x"}
+    assert check_budget(experiment, study.arms, study.seeds, records) == []
+    records["timed", 1]["initial"] = "another"
+    assert [f.arm for f in violations(check_budget(experiment, study.arms, study.seeds, records))] == ["timed"]
+    experiment.arms["timed"].unequal = "for a reason"
+    found = check_budget(experiment, study.arms, study.seeds, records)
+    assert violations(found) == [] and found[0].allowed == "for a reason"
+
+
+def test_an_arm_may_have_another_to_be_compared_with(study: Study) -> None:
+    study.experiment.arms["control"].against = "timed"
+    study.records["control", 1]["order"] = study.records["timed", 1]["order"] = "another"
+    one = next(c for c in study.judged if c.arm == "control")
+    assert (one.against, one.difference, one.p_raw) == ("timed", 0.0, 1.0)
+    assert study.findings == [], "equal to its own"
+
+
+def test_two_seeds_are_no_verdict(study: Study, no_pictures: None) -> None:
+    few = study_of(study.experiment, study.arms, [1, 2], study.records)
+    write_report(few, Path("out/report"))
+    text = Path("out/report/report.md").read_text()
+    assert "none: fewer than 3 seeds" in text and "**2 seeds: no verdict is given for fewer than 3.**" in text
+
+
+def test_what_is_not_finished_is_left_out_and_named(study: Study) -> None:
+    records = dict(study.records)
+    del records["taught", 3]
+    for seed in study.seeds:
+        del records["control", seed]
+    part = study_of(study.experiment, study.arms, [1, 2, 3], records)
+    assert part.arms == ["ce", "timed", "taught"] and part.seeds == [1, 2]
+    assert part.missing == ["taught-3", "control-1", "control-2", "control-3"]
+    with pytest.raises(ValueError, match="ce among them"):
+        study_of(study.experiment, study.arms, [1, 2, 3], {k: v for k, v in records.items() if k[0] != "ce"})
+
+
+def test_an_unknown_metric_is_refused(study: Study) -> None:
+    study.experiment.metrics = ["acuracy"]
+    with pytest.raises(ValueError, match="'acuracy', which the runs of ce do not have; known: loss, perplexity"):
+        _ = study.comparisons
+
+
+def test_items_give_the_metrics(study: Study) -> None:
+    items = study.items("taught")
+    assert isinstance(items, Items)
+    every = [0, 1, 2], slice(None)
+    for metric in ("accuracy", "accuracy_even", "accuracy_macro"):
+        assert items.value(metric, *every) == pytest.approx(sum(study.values["taught"][metric]) / 3)
+    low, high = study.interval("taught", "perplexity")
+    assert low < high < 0, "lower than that of ce"
+
+
+def test_when_a_loss_is_reached(study: Study) -> None:
+    found = reached(study)
+    assert found.each["ce"]["steps"] == [40, 40, 40] and found.each["taught"]["steps"] == [24, 24, 24]
+    assert found.each["taught"]["seconds"] == [72.0, 72.0, 72.0]
+    assert found.means("steps")["control"] == 40
+    assert trailing([4.0, 2.0, 6.0]) == [4.0, 2.0, 6.0] and trailing([3.0] * 49 + [8.0])[-1] == 4.0
+
+

@@ -1,0 +1,141 @@
+"""Experiment files: what they mean, and how they are told what is wrong; every shipped one resolves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kv_trainer.cli import main
+from kv_trainer.experiments.compare import check_arms, choose
+from kv_trainer.experiments.experiment import is_experiment, load_experiment
+from kv_trainer.experiments.jobs import Job, as_word, equal_steps
+from kv_trainer.recipe_tree import RecipeError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart"
+BASE = """recipe: ./r.yaml
+seeds: [1, 2, 3, 4]
+quick: {seeds: 2, overrides: {training.max_steps: 7}}
+overrides: {training.logging_steps: 5}
+arms:
+  ce: {set: {teachers: null, losses.kv_relation: null}}
+  timed: {like: ce, seconds_of: full, set: {training.logging_steps: 2}}
+  full: {}
+  broken: {set: {control.shuffle: rows}, control: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(
+        "student: {model: org/s}\nteachers: {a: {model: org/a}, b: {model: org/b}}\ndata: {path: org/d}\n"
+        "losses: {cross_entropy: {}, kv_relation: {}}\n"
+    )
+    Path("e.yaml").write_text(BASE)
+    return tmp_path
+
+
+def test_arms_are_settings_laid_over_each_other() -> None:
+    experiment = load_experiment("e.yaml")
+    assert experiment.against == "ce" and experiment.recipe == "r.yaml"
+    assert experiment.settings("timed") == {"teachers": None, "losses.kv_relation": None, "training.logging_steps": 2}
+    assert experiment.settings("full") == {"training.logging_steps": 5}
+    words = Job(experiment, "timed", 3).overrides(max_steps=99)
+    assert words[:4] == ["--teachers", "null", "--losses.kv_relation", "null"]
+    assert words[-6:-4] == ["--training.max_steps", "99"]
+    assert words[-4:] == ["--training.seed", "3", "--training.output_dir", f"{experiment.output_dir}/timed-3"]
+
+
+def test_a_quick_experiment_is_cut_down_and_apart() -> None:
+    experiment = load_experiment("e.yaml", quick=True)
+    assert experiment.output_dir.endswith("-quick")
+    words = Job(experiment, "full", 1).overrides()
+    assert words[0] == "--quick" and words[words.index("--training.max_steps") + 1] == "7"
+    assert "max_steps: 7" in Job(experiment, "full", 1).recipe_text()
+
+
+def test_what_an_arm_waits_for_comes_with_it() -> None:
+    experiment = load_experiment("e.yaml")
+    assert experiment.needed(["timed"]) == ["ce", "full", "timed"]
+    assert experiment.needed(["broken"]) == ["ce", "broken"]
+    experiment.arms["broken"].against = "full"
+    assert experiment.needed(["broken"]) == ["ce", "full", "broken"]
+    assert Job(experiment, "timed", 2).waits_for == [("ce", 2), ("full", 2)]
+    with pytest.raises(ValueError, match="no arm 'brokn'. Did you mean 'broken'"):
+        choose(experiment, ["brokn"])
+
+
+def test_equal_seconds_are_steps_at_the_arm_s_own_pace() -> None:
+    experiment = load_experiment("e.yaml")
+    records = {("ce", 1): {"seconds": 10.0, "steps": 100}, ("full", 1): {"seconds": 33.0, "steps": 100}}
+    assert equal_steps(Job(experiment, "timed", 1), records) == 330
+    assert equal_steps(Job(experiment, "full", 1), records) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds:", "seed:", "Unknown key 'seed' in e.yaml, line 2. Did you mean 'seeds'?"),
+        ("control: true", "controll: true", "Unknown key 'arms.broken.controll' in e.yaml, line 9. Did you mean 'cont"),
+        ("seconds_of: full", "seconds_of: ful", "arms.timed.seconds_of in e.yaml, line 7 is 'ful', which is no arm."),
+        ("like: ce, ", "", "arms.timed in e.yaml, line 7: seconds_of needs 'like'"),
+        ("like: ce", "like: timed", "leads back to itself"),
+        ("./r.yaml", "./no.yaml", "recipe in e.yaml, line 1 is './no.yaml', which does not exist"),
+        ("[1, 2, 3, 4]", "[1, 1]", "seeds is [1, 1]; give one or more, each once"),
+        ("seeds:", "against: nobody\nseeds:", "against in e.yaml, line 2 is 'nobody', which is no arm"),
+        ("seeds:", "verdict: {keep: 1, optional: 2}\nseeds:", "give 0 <= optional <= keep"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(old: str, new: str, message: str) -> None:
+    Path("e.yaml").write_text(BASE.replace(old, new, 1))
+    with pytest.raises(RecipeError) as caught:
+        load_experiment("e.yaml")
+    assert message in str(caught.value)
+
+
+def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
+    Path("e.yaml").write_text(BASE.replace("control.shuffle: rows", "control.shuffle: colums"))
+    with pytest.raises(RecipeError, match="arms.broken in e.yaml, line 9: control.shuffle .* give one of 'rows'"):
+        check_arms(load_experiment("e.yaml"))
+
+
+def test_words_of_the_command_line_are_yaml() -> None:
+    assert [as_word(x) for x in (None, 3, 0.5, "rows", {"method": "uniform"}, True, [1, 2])] == [
+        "null", "3", "0.5", "rows", "{method: uniform}", "true", "[1, 2]",
+    ]  # fmt: skip
+
+
+def test_experiments_are_told_from_recipes() -> None:
+    assert is_experiment("e.yaml") and not is_experiment("r.yaml") and not is_experiment("none.yaml")
+
+
+def test_validate_takes_both(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(BASE.replace("teachers: null", "teachers: 3"))
+    assert main(["validate", "e.yaml", "bad.yaml", "r.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert "ok e.yaml: 16 runs of r.yaml: ce, timed, full, broken; against ce" in out and "ok r.yaml" in out
+    assert "arms.ce in bad.yaml, line 6" in err
+
+
+def test_compare_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "e.yaml", "--training.max_steps", "3"]) == 2
+    assert "put them under overrides or arms" in capsys.readouterr().err
+    assert main(["compare", "e.yaml", "--report-only"]) == 2
+    assert "has no seed of which every begun arm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.glob("experiment*.yaml")) + sorted(QUICKSTART.glob("*/*.yaml")))
+def test_every_shipped_experiment_resolves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = load_experiment(path.relative_to(ROOT))
+    check_arms(experiment)
+    assert Path(path).read_text().startswith(f"# kv-trainer compare {path.relative_to(ROOT)}\n")
+
+
+def test_the_main_study_has_the_arms_that_were_promised() -> None:
+    assert list(load_experiment(QUICKSTART / "experiment.yaml").arms) == [
+        "ce", "ce_equal_time", "logit_kd", "one_teacher_a", "one_teacher_b", "two_uniform", "two_routed",
+        "shuffled_rows", "shuffled_positions", "random_teacher",
+    ]  # fmt: skip

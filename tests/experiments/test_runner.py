@@ -1,0 +1,127 @@
+"""The runner, on a program that stands for a run: order, what is not run again, what fails, and what is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.jobs import Job
+from kv_trainer.experiments.runner import Runner, alone
+
+FAKE = """
+import json, os, pathlib, sys, time
+words = sys.argv[1:]
+get = lambda name: words[words.index(name) + 1] if name in words else None
+folder = pathlib.Path(get("--training.output_dir"))
+with open("log", "a") as log:
+    log.write(f"{folder.name} {get('--training.max_steps')} {os.environ.get('OMP_NUM_THREADS')}\\n")
+if folder.name.startswith("hangs"):
+    time.sleep(60)
+if folder.name.startswith("fails"):
+    sys.exit("kv-trainer: error: this one fails")
+(folder / "recipe.yaml").write_text("{training: {max_steps: 10}}")
+steps = int(get("--training.max_steps") or 10)
+seconds = 1.0 if folder.name.startswith("ce") else 3.0
+(folder / "arm.json").write_text(json.dumps({"steps": steps, "clocks": {"wall": [seconds]}, "metrics": {}}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: "{training: {max_steps: 10}}")
+    monkeypatch.setattr(Job, "saved_text", lambda self: (self.folder / "recipe.yaml").read_text())
+    Path("r.yaml").write_text("x")
+    Path("fake.py").write_text(FAKE)
+    return tmp_path
+
+
+def runner(arms: str, processes: int = 2) -> Runner:
+    launcher = json.dumps([sys.executable, "fake.py"])
+    Path("e.yaml").write_text(
+        f"recipe: r.yaml\nseeds: [1, 2]\nprocesses: {processes}\nlauncher: {launcher}\narms: {arms}"
+    )
+    return Runner(load_experiment("e.yaml"), lambda job, record, ran: told.append((job.arm, job.seed, ran)))
+
+
+told: list = []
+TIMED = "{ce: {}, timed: {like: ce, seconds_of: full}, full: {}}"
+
+
+def jobs(one: Runner) -> list[Job]:
+    return [Job(one.experiment, arm, seed) for seed in (1, 2) for arm in one.experiment.needed(one.experiment.arms)]
+
+
+def test_runs_are_made_once_and_a_timed_one_after_those_it_waits_for() -> None:
+    told.clear()
+    one = runner(TIMED)
+    assert one.run(jobs(one)) == {} and len(one.records) == 6
+    assert one.records["timed", 2]["steps"] == 30, "three times the seconds of ce"
+    lines = Path("log").read_text().split("\n")
+    assert len(lines) == 7 and all(ran for *_, ran in told)
+    again = runner(TIMED)
+    again.run(jobs(again))
+    assert Path("log").read_text().split("\n") == lines and not any(ran for *_, ran in told[6:])
+    assert again.records == one.records
+
+
+def test_a_finished_run_of_other_settings_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = runner("{ce: {}}")
+    one.run(jobs(one))
+    monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: "{training: {max_steps: 20}}")
+    again = runner("{ce: {}}")
+    failed = again.run(jobs(again))
+    assert len(failed) == 2
+    assert "other settings: training.max_steps was 10, is 20" in str(next(iter(failed.values())))
+
+
+def test_what_fails_is_told_and_the_others_run_on() -> None:
+    one = runner("{fails: {}, ce: {}, timed: {like: ce, seconds_of: fails}}")
+    failed = {f"{job.arm}-{job.seed}": str(error) for job, error in one.run(jobs(one)).items()}
+    assert set(one.records) == {("ce", 1), ("ce", 2)}
+    assert failed["fails-1"].startswith("kv-trainer: error: this one fails (exit status 1; see ")
+    assert failed["timed-2"] == "it waits for fails-2, which failed"
+    assert "timed" not in Path("log").read_text()
+
+
+def test_whatever_stops_it_stops_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = runner("{hangs: {}, ce: {}}")
+    started = []
+    inner = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(inner(*a, **k)) or started[-1])
+
+    def interrupt() -> None:
+        while not Path("log").exists() or Path("log").read_text().count("hangs") < 2:
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        one.run(jobs(one))
+    assert time.monotonic() - begun < 30
+    assert started and all(process.poll() is not None for process in started)
+
+
+def test_processes_beside_each_other_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    one = runner("{ce: {}}", processes=2)
+    one.run(jobs(one))
+    assert Path("log").read_text().split("\n")[0].split()[2] == "4"
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with alone(folder), pytest.raises(ValueError, match="Another experiment runs in"), alone(folder):
+        pass
+    with alone(folder):
+        pass

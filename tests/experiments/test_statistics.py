@@ -1,0 +1,101 @@
+"""Statistics against examples worked by hand, and at the edges where formulas say nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kv_trainer.experiments.experiment import VerdictRule
+from kv_trainer.experiments.statistics import (
+    bootstrap,
+    cohens_d,
+    compare,
+    holm,
+    interval_over_seeds,
+    paired_p,
+    points,
+    verdict,
+)
+
+RULE = VerdictRule()
+
+
+def test_holm_by_hand() -> None:
+    # sorted .01 .02 .03 .04; times 4, 3, 2, 1: .04 .06 .06 .04; never below the one before: .04 .06 .06 .06
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_the_paired_test_is_over_seeds() -> None:
+    ours, theirs = [0.5, 0.6, 0.8], [0.4, 0.45, 0.5]
+    # differences .1 .15 .3: mean .18333, standard deviation .10408, t = .18333 / (.10408 / sqrt 3) = 3.0509
+    assert paired_p(ours, theirs) == pytest.approx(2 * stats.t.sf(3.0509, 2), rel=1e-3)
+    assert paired_p(ours, theirs) == paired_p(theirs, ours)
+    assert cohens_d(ours, theirs) == pytest.approx(0.18333 / 0.10408, rel=1e-3)
+
+
+def test_differences_without_variance() -> None:
+    assert paired_p([0.5, 0.6], [0.5, 0.6]) == 1.0
+    assert paired_p([0.6, 0.7], [0.5, 0.6]) == 0.0, "rounding is no variance"
+    assert paired_p([0.6], [0.5]) is None
+    assert cohens_d([0.6, 0.7], [0.5, 0.6]) is None
+    assert interval_over_seeds([0.6, 0.7], [0.5, 0.6]) == pytest.approx((0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("ours", "metric", "p", "expected"),
+    [
+        ([0.53, 0.53, 0.54], "accuracy", 0.01, "keep"),
+        ([0.53, 0.53, 0.54], "accuracy", 0.05, "optional"),
+        ([0.52, 0.52, 0.52], "accuracy", 0.0, "optional"),
+        ([0.51, 0.51, 0.51], "accuracy", 0.0, "optional"),
+        ([0.509, 0.51, 0.51], "accuracy", 0.0, "drop"),
+        ([0.40, 0.40, 0.40], "accuracy", 0.0, "drop"),
+        ([0.45, 0.50, 0.70], "accuracy", 0.4, "drop (unstable)"),
+        ([0.53, 0.54], "accuracy", 0.01, "none: fewer than 3 seeds"),
+        ([0.48, 0.48, 0.48], "perplexity", 0.01, "keep"),
+        ([0.52, 0.52, 0.52], "perplexity", 0.01, "drop"),
+        ([math.nan, 0.5, 0.5], "perplexity", 0.01, "none: a value is not finite"),
+    ],
+)
+def test_the_verdict_follows_the_rule(ours: list[float], metric: str, p: float, expected: str) -> None:
+    assert verdict(ours, [0.5] * len(ours), metric, p, RULE) == expected
+
+
+def test_points_of_what_should_fall_are_percent_of_what_was() -> None:
+    assert points([3.0, 3.0], [4.0, 4.0], "perplexity") == pytest.approx(25.0)
+    assert points([0.30, 0.34], [0.30, 0.30], "accuracy_chain") == pytest.approx(2.0)
+
+
+def test_the_interval_is_of_seeds_and_items_and_always_the_same() -> None:
+    generator = np.random.default_rng(3)
+    difference = generator.normal(0.1, 1.0, (5, 400)) + generator.normal(0, 0.05, (5, 1))
+
+    def value(seeds: np.ndarray, items: np.ndarray) -> float:
+        return float(difference[seeds][:, items].mean())
+
+    low, high = bootstrap(5, 400, value, resamples=500)
+    assert (low, high) == bootstrap(5, 400, value, resamples=500)
+    assert low < difference.mean() < high
+    width = np.sqrt(1 / 2000 + difference.mean(1).var() / 5)
+    assert 2 * width < high - low < 8 * width
+    assert bootstrap(1, 400, value) is None
+    assert bootstrap(3, 50, lambda seeds, items: 0.25) == (0.25, 0.25)
+
+
+def test_items_that_differ_between_seeds_alone_make_no_interval_of_zero_width() -> None:
+    each = np.array([0.1, 0.3, 0.5])
+    low, high = bootstrap(3, 10, lambda seeds, items: float(each[seeds].mean()), resamples=500)
+    assert 0.1 <= low < 0.2 and 0.4 < high <= 0.5
+
+
+def test_all_arms_are_corrected_together() -> None:
+    values = {"ce": [0.10, 0.11, 0.12], "good": [0.50, 0.52, 0.51], "same": [0.10, 0.11, 0.12]}
+    intervals = {"good": (0.0, 1.0), "same": None}
+    good, same = compare(values, {"good": "ce", "same": "ce"}, "accuracy", RULE, intervals.__getitem__)
+    assert (good.arm, good.against, good.verdict, same.verdict) == ("good", "ce", "keep", "drop")
+    assert good.p == pytest.approx(2 * good.p_raw) and same.p == 1.0
+    assert good.difference == pytest.approx(0.4) and (good.low, same.low) == (0.0, None)
