@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make quickstart  virtual environment, pinned install, then two teachers train and evaluate a small student"
 	@echo "make test        the same environment with test tools, then every test"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff and mypy"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct and make the data of recipes/smollm2"
 	@echo "make benchmarks  time and memory against the floor and against trl; half an hour of an idle machine"
 	@echo "make clean       remove the virtual environment and outputs"
@@ -41,6 +41,7 @@ test: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy kv_trainer
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python recipes/smollm2/prepare.py

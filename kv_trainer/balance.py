@@ -27,7 +27,7 @@ def check_reference(losses: Mapping[str, DistillationLoss], watched: int = 0) ->
     """
     reference = losses.get(REFERENCE)
     counts = reference is not None and reference.active
-    if counts and isinstance(reference.weight, GradientShare):
+    if reference is not None and counts and isinstance(reference.weight, GradientShare):
         raise ValueError("losses.cross_entropy.weight is a gradient_share, which is a share of its own; give a number.")
     shared = [name for name, loss in losses.items() if isinstance(loss.weight, GradientShare)]
     if shared and not counts:
@@ -66,6 +66,7 @@ class Balance(nn.Module):
     """
 
     weights: Tensor
+    measured: Tensor
 
     def __init__(self, losses: Mapping[str, DistillationLoss]) -> None:
         super().__init__()

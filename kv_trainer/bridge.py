@@ -71,7 +71,8 @@ class KVBridge(nn.Module):
         super().__init__()
         self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.active}
         self.requires = frozenset().union(*(loss.needs for loss in self.losses.values()))
-        self.fusion, self.control, self.seed = args.fusion, args.control, args.seed
+        self.fusion: Any = args.fusion
+        self.control, self.seed = args.control, args.seed
         self.step = 0  # of the batch whose teachers are aligned; the trainer says
         self.theta = student.rope_theta if student and args.alignment.rope.keys == "after" else None
         if self.theta is None and args.alignment.rope.keys == "after" and teachers:
@@ -95,15 +96,15 @@ class KVBridge(nn.Module):
             for name, shape in teachers.items()
         }
         self.balance = Balance(self.losses)
-        self.projectors = nn.ModuleDict()
-        self.hidden_projectors = nn.ModuleDict()
+        self.projectors: Any = nn.ModuleDict()
+        self.hidden_projectors: Any = nn.ModuleDict()
         for name, shape in teachers.items():
             if "projectors" in self.requires:
                 self.projectors[name] = head_projectors(student, shape, args)
             if "hidden_projectors" in self.requires:
                 self.hidden_projectors[name] = hidden_projectors(student, shape)
         gated = isinstance(self.fusion, Router) and len(teachers) > 1
-        self.router = self.fusion.module(student, len(teachers)) if gated else None
+        self.router = self.fusion.module(student, len(teachers)) if isinstance(self.fusion, Router) and gated else None
         # Filled by calibration.py and by the trainer.
         self.task_nll: Tensor | None = None
         self.prototypes: list[Tensor] = []
@@ -252,9 +253,10 @@ class KVBridge(nn.Module):
         return replace(states, keys=tuple(rerotate(k, positions, self.theta) for k in states.keys))
 
     def _shares(self, given: Supervision, inputs: LossInputs) -> Tensor:
-        signals, shuffled = list(given.signals.values()), self.control.shuffle == "rows"
+        signals: list[Any] = list(given.signals.values())
+        shuffled = self.control.shuffle == "rows"
 
-        def of_rows(x: Tensor | None) -> Tensor | None:
+        def of_rows(x: Any) -> Any:
             """Scores belong to the teacher's rows, as its states do."""
             return x.roll(1, -1) if shuffled and x is not None else x
 
@@ -271,6 +273,7 @@ class KVBridge(nn.Module):
     def _fill(self, inputs: LossInputs, given: Supervision, aligned: Mapping[str, AlignedTeacher]) -> None:
         """What some loss needs beyond keys and values."""
         assert inputs.weights is not None
+        student: Any = inputs.student
         inputs.teacher_hidden = {n: a.hidden for n, a in aligned.items() if a.hidden is not None}
         for name, teacher in aligned.items():
             if teacher.last is not None:
@@ -278,14 +281,14 @@ class KVBridge(nn.Module):
         weighing = self.weighing(given.step)
         if "teacher_importance" in weighing:
             share = inputs.weights.mean(1) if inputs.weights.dim() == 3 else inputs.weights
-            each = torch.stack([a.importance for a in aligned.values()])  # [M, B, T]
+            each = torch.stack([a.importance for a in aligned.values() if a.importance is not None])  # [M, B, T]
             inputs.importance["teacher"] = (share.detach()[:, :, None] * each).sum(0)
         if "student_importance" in weighing:
             with part("student importance"):
-                inputs.importance["student"] = importance(inputs.student, given.labels)
+                inputs.importance["student"] = importance(student, given.labels)
         if "student_attention" in self.requires:
-            inputs.attention = {n: a.attention for n, a in aligned.items()}
-            inputs.attention["student"] = rotated_pairs(inputs.student)
+            inputs.attention = {n: a.attention for n, a in aligned.items() if a.attention is not None}
+            inputs.attention["student"] = rotated_pairs(student)
 
 
 def check_layers(name: str, loss: DistillationLoss, count: int) -> None:

@@ -28,7 +28,8 @@ def states_from_cache(
     layers = attention_layers(model)
     for layer in layers:
         check_readable(layer)
-    held = {i: entry for i, entry in enumerate(cache.layers) if getattr(entry, "keys", None) is not None}
+    each: list[Any] = cache.layers
+    held = {i: entry for i, entry in enumerate(each) if getattr(entry, "keys", None) is not None}
     if any(layer.index not in held for layer in layers):
         raise ValueError("The cache is empty in some layers; fill it with a forward pass with use_cache=True.")
     short = [layer.index for layer in layers if held[layer.index].keys.shape[2] != mask.shape[1]]

@@ -77,7 +77,8 @@ class Calibration:
             teacher.prepare(self.bridge.layer_maps[name].needed, TeacherNeeds(scores=True))
         found = []
         for batch in self.batches(chosen):
-            nll = torch.stack([t.signal(batch["teachers"][n]).nll for n, t in self.teachers.items()])
+            said: list[Any] = [t.signal(batch["teachers"][n]) for n, t in self.teachers.items()]
+            nll = torch.stack([signal.nll for signal in said])
             found.append(nll / (batch["labels"] != -100).sum(1).clamp_min(1))
         return torch.cat(found, dim=1)
 

@@ -17,7 +17,6 @@ from .capture import kv_shape
 from .checkpoints import CheckpointTrainer
 from .facts import RunFacts, base_license, hardware, seconds_trained
 from .hub import write_model_card
-from .teachers import Teacher
 from .types import KVShape
 
 
@@ -27,7 +26,7 @@ class CardTrainer(CheckpointTrainer):
     args: MultiTeacherKVConfig
     model: PreTrainedModel
     recipe: Recipe
-    teachers: dict[str, Teacher]
+    teachers: dict[str, Any]  # Teacher, or StoredTeacher
 
     @property
     def _folder(self) -> Path:

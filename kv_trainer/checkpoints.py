@@ -31,6 +31,7 @@ class CheckpointTrainer(Trainer):
     checkpoint is deleted.
     """
 
+    model: Any  # a PreTrainedModel, or what wraps one
     bridge: KVBridge
     manifest: dict[str, Any]
     _checked: tuple[str, ...] = ()  # the checkpoint that was found to be whole and of this run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class AttentionLayer:
     """One attention module, and its submodules that put out queries, keys and values."""
 
     index: int
-    module: nn.Module
+    module: Any  # an nn.Module; what it has differs from family to family
     config: PreTrainedConfig
     path: str
 
@@ -151,7 +152,7 @@ class AttentionLayer:
         return parts
 
 
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+def attention_layers(model: Any) -> list[AttentionLayer]:
     """The attention modules of a decoder, by layer, without layers that have no keys and values (linear attention).
 
     ValueError names a family that cannot be captured.
@@ -176,8 +177,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"{TESTED}; any other works if each attention module has q_proj, k_proj, v_proj, head_dim and layer_idx."
         )
     layers = [found[i][0] for i in sorted(found)]
-    known = {name for names in SEPARATE.values() for name in names}
-    later = {n for layer in layers for n, _ in layer.module.named_children() if n[:2] in ("k_", "v_")} - known
+    usual = {name for names in SEPARATE.values() for name in names}
+    later = {n for layer in layers for n, _ in layer.module.named_children() if n[:2] in ("k_", "v_")} - usual
     if later:
         raise ValueError(
             f"{type(model).__name__} (model_type '{config.model_type}') cannot be captured: its attention changes keys "

@@ -74,7 +74,7 @@ def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> 
 def load_random(config: ModelConfig, seed: int) -> PreTrainedModel:
     """A model of the same architecture whose weights are drawn from `seed`; the state of torch's own is kept."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    shape = AutoConfig.from_pretrained(config.model, revision=config.revision, **options)
+    shape = AutoConfig.from_pretrained(str(config.model), revision=config.revision, **options)
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)

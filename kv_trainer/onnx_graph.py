@@ -41,7 +41,8 @@ class OnnxStep(nn.Module):
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **more
         )
-        return out.logits, *(states for layer in cache.layers for states in (layer.keys, layer.values))
+        layers: list[Any] = cache.layers
+        return out.logits, *(states for layer in layers for states in (layer.keys, layer.values))
 
 
 class OnnxModel:
@@ -210,7 +211,9 @@ def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> list[list[in
     """Greedy tokens of transformers' generate, without the penalties and stops that the model's own config has."""
     own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=GENERATED, do_sample=False)
+        out: Any = model.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, max_new_tokens=GENERATED, do_sample=False
+        )
     finally:
         model.generation_config = own
     return out[:, ids.shape[1] :].tolist()

@@ -28,6 +28,7 @@ def place(name: str, model: PreTrainedModel, placement: str, device: torch.devic
     dispatched = placement == "dispatched" or getattr(model, "hf_device_map", None) is not None
     if placement in ("sharded", "offloaded") and (dispatched or is_quantised(model)):
         raise ValueError(f"Teacher '{name}' is quantised or dispatched, and stays as it is; leave out {placement}.")
+    module: nn.Module = model  # transformers' own `to` is decorated with other types
     several = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if is_quantised(model) and placement != "dispatched" and not several:
         check_quantised(name, model, device)
@@ -36,16 +37,16 @@ def place(name: str, model: PreTrainedModel, placement: str, device: torch.devic
     elif placement == "sharded" and not (dist.is_initialized() and dist.get_world_size() > 1):
         logger.warning("teachers.%s.placement is sharded, but there is one process: it lies there whole.", name)
         placement = "replicated"
-        model.to(device)
+        module.to(device)
     elif placement == "sharded":
         shard(model, device)
     elif placement == "offloaded":
-        model.to("cpu")
+        module.to("cpu")
         if device.type != "cpu":
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.pin_memory()
     else:
-        model.to(device)
+        module.to(device)
     return placement
 
 
@@ -70,7 +71,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     parent, name = layer_list(model)
     for layer in getattr(parent, name):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    model.to(device)
+    nn.Module.to(model, device)
 
 
 def entry(module: nn.Module) -> torch.device:

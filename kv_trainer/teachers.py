@@ -235,11 +235,13 @@ class TeacherPanel:
             if row is None:
                 return self._whole(batch, weighing)
             self._known = self._known.to(row.device)
-            nll, entropy = self._known[:, :, row]
+            seen = self._known[:, :, row]
+            nll, entropy = seen[0], seen[1]
             if nll.isnan().any():
                 signals = self._whole(batch, weighing)
-                self._known[0, :, row] = torch.stack([s.nll for s in signals.values()]).float()
-                self._known[1, :, row] = torch.stack([s.entropy for s in signals.values()]).float()
+                known: list[Any] = list(signals.values())
+                self._known[0, :, row] = torch.stack([s.nll for s in known]).float()
+                self._known[1, :, row] = torch.stack([s.entropy for s in known]).float()
                 return signals
         shares = self.shares(batch, nll, entropy)
         # A teacher that no sample asks for runs on one, so that there is something to map.
@@ -248,7 +250,9 @@ class TeacherPanel:
         for i, (name, teacher) in enumerate(self.teachers.items()):
             rows = None if len(asked[i]) == len(shares[i]) else asked[i]
             signal = teacher.signal(parts[name], rows, scores=False, weighing=weighing)
-            found[name] = self._reduced(name, signal if nll is None else signal.scored(nll[i], entropy[i]), batch)
+            if nll is not None and entropy is not None:
+                signal = signal.scored(nll[i], entropy[i])
+            found[name] = self._reduced(name, signal, batch)
         return found
 
     def _whole(self, batch: Mapping[str, Any], weighing: bool) -> dict[str, TeacherSignal | AlignedTeacher]:

@@ -149,7 +149,7 @@ def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
     text = reader.tokenizer.apply_chat_template(turns, tokenize=False)
     # The template run on marks instead of parts shows what it puts between them.
     marks = [f"\ue000{chr(0xE100 + i)}" for i in range(len(turns))]
-    marked = reader.tokenizer.apply_chat_template(
+    marked: Any = reader.tokenizer.apply_chat_template(
         [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)], tokenize=False
     )
     between = re.split("|".join(marks), marked)
@@ -188,7 +188,9 @@ def encode(
     tokenizer = reader.tokenizer
     marks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
     out = tokenizer(text, add_special_tokens=not reader.chat, **marks)
-    ids, spans, labels = list(out["input_ids"]), [], []
+    ids: list[int] = list(out["input_ids"])
+    spans: list[Span] = []
+    labels: list[int] = []
     for token, (start, end), special in zip(ids, out["offset_mapping"], out["special_tokens_mask"], strict=True):
         if special and not reader.chat:
             # An end token that the tokenizer puts there by itself is learned like the one added below.
@@ -218,9 +220,8 @@ def truncate(row: Encoded, max_length: int, side: Literal["right", "left"]) -> E
         return row
     first = int(side == "left" and row.spans[0] == BOS)
     kept = range(max_length) if side == "right" else [*range(first), *range(count - max_length + first, count)]
-    ids, labels, spans, segments = (
-        [values[i] for i in kept] for values in (row.input_ids, row.labels, row.spans, row.segments)
-    )
+    ids, labels, segments = ([values[i] for i in kept] for values in (row.input_ids, row.labels, row.segments))
+    spans = [row.spans[i] for i in kept]
     # A character whose last bytes are cut off was not read.
     last = max_length - 1
     while side == "right" and last >= 0 and overlaps(row.spans[last], row.spans[last + 1]):

@@ -62,6 +62,7 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     args: MultiTeacherKVConfig
     model: PreTrainedModel
+    train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
@@ -90,7 +91,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             teachers = dict(teachers or {})
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             weights = {name: getattr(t, "weight", 1.0) for name, t in teachers.items()}
-            self.teachers = {
+            self.teachers: dict[str, Any] = {
                 name: open_teacher(name, t, args, reader, shape.num_layers, weights)
                 if isinstance(t, TeacherConfig) and t.source == "store"
                 else resolve_teacher(name, t, processing_class, args.device, args.seed)

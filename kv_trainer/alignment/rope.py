@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ Embeddings = tuple[Tensor, Tensor] | Tensor  # cos, sin [B, S, rotary]; or compl
 Rotation = Callable[[Tensor, Embeddings], Tensor]
 
 # Attention modules that rotate in some layers only, and how they say so; most have the attribute `use_rope`.
-ROTATES: dict[str, Callable[[nn.Module], bool]] = {
+ROTATES: dict[str, Callable[[Any], bool]] = {
     "AfmoeAttention": lambda a: a.is_local_attention,
     "Cohere2Attention": lambda a: a.sliding_window is not None,
     "Cohere2MoeAttention": lambda a: a.sliding_window is not None or a.force_rope,
@@ -114,7 +115,7 @@ def rotation_of(attention: nn.Module) -> Rotation:
     code = sys.modules[type(attention).__module__]
     latent = getattr(attention, "qk_rope_head_dim", None)
     interleaved = latent and getattr(attention.config, "rope_interleave", False)
-    theirs = getattr(code, "apply_rotary_pos_emb_interleave" if interleaved else "apply_rotary_pos_emb", None)
+    theirs: Any = getattr(code, "apply_rotary_pos_emb_interleave" if interleaved else "apply_rotary_pos_emb", None)
     names = list(inspect.signature(theirs).parameters) if callable(theirs) else []
     known = names[:4] == ["q", "k", "cos", "sin"] or names[:3] == ["x", "cos", "sin"]
     if not known and not hasattr(code, "apply_rotary_emb"):  # of complex numbers: Llama 4, DeepSeek-V2

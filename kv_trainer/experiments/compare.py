@@ -43,7 +43,7 @@ def compare(
         console.print(f"also needed: {', '.join(extra)}")
     if report_only:
         found = {(job.arm, job.seed): job.record() for job in jobs}
-        records = {key: record for key, record in found.items() if record is not None}
+        records: Mapping[tuple[str, int], Any] = {key: record for key, record in found.items() if record is not None}
     else:
         records = run_all(console, experiment, jobs)
     study = study_of(experiment, [arm for arm in experiment.arms if arm in chosen], numbers, records)

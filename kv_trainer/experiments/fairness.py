@@ -40,9 +40,9 @@ def check_budget(experiment: Experiment, arms: Iterable[str], seeds: Iterable[in
             if wrong:
                 ours, theirs = records[name, wrong[0]].get(key), records[against, wrong[0]].get(key)
                 found.append(Finding(name, told(words, against, wrong, ours, theirs), arm.unequal))
-        leaks = {s: records[name, s].get("shared_prompts") for s in seeds if records[name, s].get("shared_prompts")}
-        if leaks:
-            worst = max(leaks.values())
+        leaks = {s: int(records[name, s].get("shared_prompts") or 0) for s in seeds}
+        worst = max(leaks.values(), default=0)
+        if worst:
             found.append(Finding(name, f"{worst} evaluation rows have a prompt that is trained on", arm.unequal))
     return found
 

@@ -14,7 +14,7 @@ from ..balance import REFERENCE, gradient_norms
 from ..bridge import NAME, Supervision
 from ..callbacks import check_finite
 from ..capture import capture_kv
-from ..losses import GradientShare, LayerwiseLoss, needs_teacher
+from ..losses import GradientShare, LayerwiseLoss, LossInputs, needs_teacher
 from ..trainer import MultiTeacherKVTrainer
 from .probes import Costs, Pass, collapse, gradient_cosine, shuffling, without_student
 
@@ -82,7 +82,9 @@ def measure(trainer: MultiTeacherKVTrainer, samples: int) -> Measured:
     bridge, training = trainer.bridge, trainer.model.training
     moving = any(p.requires_grad for p in bridge.projectors.parameters())
     collapsible = "kv" in bridge.losses and moving and trainer.args.projector.direction == "teacher_to_student"
-    readings, heard, kept = [], [], []
+    readings: list[dict[str, Reading]] = []
+    heard: list[dict[str, float | None]] = []
+    kept: list[LossInputs] = []
     trainer.model.eval()
     try:
         for batch in real_batches(trainer, samples, trainer.args.per_device_train_batch_size):
@@ -188,13 +190,16 @@ def summarise(
 ) -> dict[str, Term]:
     """By term, over micro-batches; no share of a gradient where the cross-entropy has none, or no weight."""
     losses = trainer.bridge.losses
-    reference = float(losses[REFERENCE].weight) if REFERENCE in losses else 0.0
+    reference = losses[REFERENCE].weight if REFERENCE in losses else 0.0
+    assert not isinstance(reference, GradientShare), "check_reference refuses it"
     norms = {name: statistics.fmean(r[name].norm for r in readings) for name in losses}
-    weights = {name: loss.weight for name, loss in losses.items()}
-    for name, weight in weights.items():
-        if isinstance(weight, GradientShare):
-            text = reference * norms.get(REFERENCE, 0.0)
-            weights[name] = weight.gradient_share * text / norms[name] if text and norms[name] else 1.0
+    text = reference * norms.get(REFERENCE, 0.0)
+    weights: dict[str, float] = {}
+    for name, loss in losses.items():
+        if not isinstance(loss.weight, GradientShare):
+            weights[name] = loss.weight
+        else:
+            weights[name] = loss.weight.gradient_share * text / norms[name] if text and norms[name] else 1.0
     totals = [sum(weights[name] * r[name].value for name in losses) or 1.0 for r in readings]
     texts = [reference * r[REFERENCE].norm if reference else 0.0 for r in readings]
     found = {}
@@ -202,7 +207,7 @@ def summarise(
         own, weight = [r[name] for r in readings], weights[name]
         weighted = [weight * x.value for x in own]
         effects = [100 * (x.value / x.unweighed - 1) for x in own if x.unweighed]
-        cosines = [pair[name] for pair in heard if pair.get(name) is not None]
+        cosines = [cosine for pair in heard if (cosine := pair.get(name)) is not None]
         found[name] = Term(
             weight=weight,
             follows=loss.weight.gradient_share if isinstance(loss.weight, GradientShare) else None,

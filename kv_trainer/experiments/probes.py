@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def collapse(bridge: KVBridge, batches: Sequence[LossInputs], learning_rate: flo
 
     -0.5: it halves; the geometric mean over teachers, layers, keys and values. batches: from `without_student`.
     """
-    projectors = copy.deepcopy(bridge.projectors).requires_grad_(True).eval()
+    projectors: Any = copy.deepcopy(bridge.projectors).requires_grad_(True).eval()
     optimizer = torch.optim.Adam(projectors.parameters(), lr=COLLAPSE_RATE * learning_rate)
     before = target_variance(projectors, batches)
     for step in range(COLLAPSE_STEPS):

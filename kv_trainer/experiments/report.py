@@ -113,8 +113,8 @@ def unequal(study: Study) -> list[Block]:
 
 
 def arm_rows(study: Study) -> list[list[str]]:
-    shown = dict.fromkeys([*study.experiment.metrics, *(f"accuracy_{t}" for t in study.tasks), MACRO, "perplexity"])
-    shown = [name for name in shown if all(name in study.values[arm] for arm in study.arms)]
+    known = dict.fromkeys([*study.experiment.metrics, *(f"accuracy_{t}" for t in study.tasks), MACRO, "perplexity"])
+    shown = [name for name in known if all(name in study.values[arm] for arm in study.arms)]
     if len(study.tasks) < 2 and MACRO in shown:
         shown.remove(MACRO)
     rows = [["arm", *(name.replace("accuracy_", "") if name != MACRO else "macro" for name in shown)]]

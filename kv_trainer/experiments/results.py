@@ -88,7 +88,8 @@ class Study:
             others = {arm: self.experiment.compared_with(arm) for arm in self.arms}
             others = {arm: other for arm, other in others.items() if arm != other and arm != self.experiment.against}
             rule = self.experiment.verdict
-            each = compare(values, others, metric, rule, lambda arm, m=metric: self.interval(arm, m))
+            intervals = {arm: self.interval(arm, metric) for arm in others}
+            each = compare(values, others, metric, rule, intervals.get)
             found += each if metric == self.experiment.metrics[0] else [replace(c, verdict=NOT_JUDGED) for c in each]
         return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..types import KVStates
 
@@ -35,7 +35,7 @@ class FusionInputs:
     teachers: list[KVStates] = field(default_factory=list)
     student: KVStates | None = None
     prototypes: list[Tensor] = field(default_factory=list)
-    router: nn.Module | None = None
+    router: Any = None
 
 
 @dataclass

@@ -132,8 +132,9 @@ class DistillationLoss:
     @property
     def described_weight(self) -> str:
         """`0.5`, or `gradient share 0.3`."""
-        shared = isinstance(self.weight, GradientShare)
-        return f"gradient share {self.weight.gradient_share:g}" if shared else f"{self.weight:g}"
+        if isinstance(self.weight, GradientShare):
+            return f"gradient share {self.weight.gradient_share:g}"
+        return f"{self.weight:g}"
 
     def weight_at(self, progress: float) -> float:
         """The weight when `progress` (0 to 1) of the optimizer steps are done; 1 in place of one that is measured."""

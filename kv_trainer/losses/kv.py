@@ -71,6 +71,7 @@ class KVLoss(LayerwiseLoss):
 
     def _to_teachers(self, inputs: LossInputs) -> Tensor:
         """[L, B], teachers averaged by their shares."""
+        assert inputs.student is not None and inputs.weights is not None
         total = torch.zeros((), device=inputs.labels.device)
         for weight, (name, teacher) in zip(inputs.weights, inputs.teachers.items(), strict=True):
             where = self.position_weights(inputs, teacher.mask)
@@ -94,6 +95,7 @@ class KVLoss(LayerwiseLoss):
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
         """[L, B], against one fused target."""
+        assert inputs.student is not None
         each = [self._once(inputs, self._fused, inputs, i, ours) for i, ours in enumerate(pairs(inputs.student))]
         return torch.stack(each)
 

@@ -123,7 +123,7 @@ def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, st
 @torch.no_grad()
 def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
     """Of some rows, teacher by teacher: what is stored of each, and the bytes of its own states in float16."""
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(rows))
     panel, bridge = trainer.panel, trainer.bridge
     said = {name: t.signal(batch["teachers"][name]) for name, t in trainer.teachers.items()}
     shares = None

@@ -76,4 +76,4 @@ def place_tokens(axes: Axes, tokens: Sequence[str], height: float, aligned: Sequ
 
 def written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Each token alone, spaces as dots, so that what a token holds can be seen."""
-    return [tokenizer.decode([i]).replace(" ", "·").replace("\n", "¶") or "·" for i in ids]
+    return [str(tokenizer.decode([i])).replace(" ", "·").replace("\n", "¶") or "·" for i in ids]
