@@ -1,4 +1,4 @@
-"""The evaluation of a student: greedy answers and likelihoods of rows, fed to the metrics."""
+"""The evaluation of a student: answers and likelihoods of rows, fed to the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .metrics import ExactAnswer, Perplexity, extract_answer
+from .metrics import ExactAnswer, Perplexity, extract_answer, reference_answer
+from .sampling import decoding
 
 if TYPE_CHECKING:
     from .arguments import EvaluationConfig
@@ -37,8 +38,8 @@ def evaluate_model(
     rows: dicts with input_ids and labels (-100 = not supervised), and for answers prompt_ids, answer and task. A
     reference that holds `config.answer_pattern` itself, as GSM8K's do, is reduced to what the pattern finds.
     Returns eval_loss (nats a token), eval_perplexity and, where `config.generate` and rows have answers,
-    eval_accuracy and eval_accuracy_<task>; rows without an answer are left out of those. Every rank that calls
-    this sees all rows. Raises ValueError where no row or no token can be scored.
+    eval_accuracy, eval_accuracy_<task> and eval_accuracy_macro; rows without an answer are left out of those. Every
+    rank that calls this sees all rows. Raises ValueError where no row or no token can be scored.
     """
     rows = list(rows)
     if not rows:
@@ -52,7 +53,7 @@ def evaluate_model(
             texts = generate_texts(model, tokenizer, prompts, config, progress)
             results |= ExactAnswer().compute(
                 predictions=[extract_answer(text, config.answer_pattern) for text in texts],
-                references=[extract_answer(r["answer"], config.answer_pattern) or r["answer"] for r in asked],
+                references=[reference_answer(row["answer"], config.answer_pattern) for row in asked],
                 tasks=[row.get("task") for row in asked],
             )
         elif config.generate:
@@ -98,15 +99,17 @@ def generate_texts(
     config: EvaluationConfig,
     progress: bool = False,
 ) -> list[str]:
-    """The greedy continuation of each prompt, up to the end-of-text token or `config.max_new_tokens`."""
+    """Each prompt's continuation, greedy or sampled, up to the end-of-text token or `config.max_new_tokens`."""
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("A row has an answer but an empty prompt_ids; there is nothing to generate from.")
     texts = [""] * len(prompts)
     with _bar("answers", len(prompts), progress) as bar, _greedy(model, tokenizer, config.max_new_tokens):
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):
             ids, mask = _pad([prompts[i] for i in batch], _pad_id(tokenizer), "left", model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            drawn = decoding(config, batch, ids.shape[1])
             with torch.no_grad():
-                output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+                output: torch.Tensor = model.generate(**inputs, logits_processor=drawn)  # type: ignore[operator]
             # The padding behind an answer that ends early is special too.
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, new, strict=True):
@@ -117,7 +120,10 @@ def generate_texts(
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """Plain greedy decoding with a cache, whatever the checkpoint's own generation config asks for."""
+    """Plain greedy decoding with a cache, whatever the checkpoint's own generation config asks for.
+
+    Sampled answers are decoded so too: sampling.py leaves one token to take.
+    """
     # generate() fills what it is not given from the model's config (and warns of its temperature): swap it out.
     # Under PEFT the config that counts is the wrapped model's.
     owner: Any = getattr(model, "get_base_model", lambda: model)()

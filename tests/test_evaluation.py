@@ -128,7 +128,7 @@ def test_exact_answer_counts_by_task_and_takes_no_answer_as_wrong() -> None:
         "references": ["1", "1000.0", "b", ""],
         "tasks": ["x", "x", "y", None],
     }
-    expected = {"accuracy": 0.25, "accuracy_x": 0.5, "accuracy_y": 0.0}
+    expected = {"accuracy": 0.25, "accuracy_x": 0.5, "accuracy_y": 0.0, "accuracy_macro": 0.25}
     assert metric.compute(**arguments) == expected
     assert metric.compute(**arguments) == expected  # nothing is carried over
     assert metric.compute(predictions=["a"], references=["a"]) == {"accuracy": 1.0}
@@ -136,7 +136,16 @@ def test_exact_answer_counts_by_task_and_takes_no_answer_as_wrong() -> None:
     assert metric.compute() == {"accuracy": 0.5}
 
 
+def test_the_macro_average_weighs_tasks_not_rows() -> None:
+    metric = ExactAnswer()
+    found = metric.compute(predictions=["a"] * 5, references=[*"aaab", "a"], tasks=["x", "x", "x", "y", None])
+    assert found == {"accuracy": 0.8, "accuracy_x": 1.0, "accuracy_y": 0.0, "accuracy_macro": 0.5}
+    assert set(metric.compute(predictions=["a"], references=["a"], tasks=["x"])) == {"accuracy", "accuracy_x"}
+
+
 def test_metrics_refuse_what_cannot_be_scored() -> None:
+    with pytest.raises(ValueError, match="named 'macro'"):
+        ExactAnswer().compute(predictions=["a"], references=["a"], tasks=["macro"])
     with pytest.raises(ValueError, match="no predictions"):
         ExactAnswer().compute(predictions=[], references=[])
     with pytest.raises(ValueError, match="2 tasks"):
@@ -214,6 +223,7 @@ def test_evaluate_model_and_batch_sizes_agree(model, tokenizer, rows) -> None:
         "eval_accuracy": 3 / 11,
         "eval_accuracy_even": 3 / 6,
         "eval_accuracy_odd": 0.0,
+        "eval_accuracy_macro": 3 / 12,
     }, rel=1e-5)  # fmt: skip
 
 
@@ -259,6 +269,13 @@ def test_sampling_settings_of_the_checkpoint_change_nothing(model, tokenizer, ro
     plain = generate_texts(model, tokenizer, prompts, config)
     model.generation_config.repetition_penalty = 9.0
     assert generate_texts(model, tokenizer, prompts, config) == plain
+
+
+def test_references_are_read_by_the_rule_of_the_answers(model, tokenizer, rows, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "generate_texts", lambda *a, **k: [r"\boxed{x = 5}", "so it is 7"])
+    pair = [rows[0] | {"answer": "x = 5"}, rows[1] | {"answer": "3 + 4\n#### 7.0"}]
+    found = evaluate_model(model, tokenizer, pair, EvaluationConfig(answer_pattern="auto"), progress=False)
+    assert found["eval_accuracy"] == 1.0
 
 
 def test_adapters_generate_and_leave_the_base_alone(model, tokenizer, rows) -> None:
