@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install quickstart test lint smollm2 benchmark clean
+.PHONY: help install quickstart test lint smollm2 reasoning_gym benchmark clean
 
 help:
 	@echo "make quickstart  virtual environment, pinned install, then two teachers train and evaluate a small student"
 	@echo "make test        the same environment with test tools, then every test"
 	@echo "make lint        ruff"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct and make the data of recipes/smollm2"
+	@echo "make reasoning_gym   the same, and the nine task families of recipes/reasoning_gym"
 	@echo "make benchmark   step time against the forwards that no run can avoid"
 	@echo "make clean       remove the virtual environment and outputs"
 
@@ -40,6 +41,9 @@ lint: $(VENV)/installed-test
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python recipes/smollm2/prepare.py
+
+reasoning_gym: smollm2
+	$(BIN)/python recipes/reasoning_gym/prepare.py
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/step_time.py

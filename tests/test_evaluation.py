@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import os
@@ -175,6 +176,25 @@ def test_metrics_leave_nothing_in_the_home_and_ask_no_network(tmp_path: Path) ->
     root = str(Path(evaluation.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"PYTHONPATH": root})
     assert not [path for path in tmp_path.rglob("*") if "metrics" in path.name or path.suffix in (".arrow", ".lock")]
+
+
+def test_the_metrics_of_the_readme_work_offline(tmp_path: Path) -> None:
+    root = Path(evaluation.__file__).parents[1]
+    blocks = (root / "README.md").read_text(encoding="utf-8").split("```python\n")
+    (example,) = [text.split("```")[0] for text in blocks if text.startswith("from kv_trainer.metrics")]
+    refused = (
+        "import socket\n"
+        "def refuse(*a, **k): raise OSError('network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", refused + example], check=True, capture_output=True, text=True,
+        env=environment | {"MPLCONFIGDIR": os.devnull, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    accuracy, perplexity = map(ast.literal_eval, done.stdout.splitlines())
+    assert accuracy == {"accuracy": 1.0, "accuracy_sum": 1.0, "accuracy_half": 1.0, "accuracy_macro": 1.0}
+    assert perplexity == pytest.approx({"loss": 1.1, "perplexity": math.exp(1.1)})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
