@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install quickstart test lint smollm2 benchmarks clean
+.PHONY: help install quickstart test lint smollm2 reasoning_gym benchmarks clean
 
 help:
 	@echo "make quickstart  virtual environment, pinned install, then two teachers train and evaluate a small student"
 	@echo "make test        the same environment with test tools, then every test"
 	@echo "make lint        ruff and mypy"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct and make the data of recipes/smollm2"
+	@echo "make reasoning_gym   the same, and the nine task families of recipes/reasoning_gym"
 	@echo "make benchmarks  time and memory against the floor and against trl; half an hour of an idle machine"
 	@echo "make clean       remove the virtual environment and outputs"
 
@@ -45,6 +46,9 @@ lint: $(VENV)/installed-test
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python recipes/smollm2/prepare.py
+
+reasoning_gym: smollm2
+	$(BIN)/python recipes/reasoning_gym/prepare.py
 
 benchmarks: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/all.py

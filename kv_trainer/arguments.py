@@ -184,14 +184,35 @@ class DataConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Exact answers by greedy generation, and perplexity, on the evaluation split."""
+    """Exact answers by generation, greedy or sampled, and perplexity, on the evaluation split."""
 
     generate: bool = field(default=True, metadata={"help": "Generate answers (rows need an answer)."})
     max_new_tokens: int = 256
     batch_size: int = 64
     answer_pattern: str = field(
-        default=r"####\s*(.+)", metadata={"help": "Regular expression; group 1 of its last match is the answer."}
+        default=r"####\s*(.+)",
+        metadata={
+            "help": "gsm8k ('#### x'), boxed, last_number, auto (the first of these that finds something), or a "
+            "regular expression: group 1 of its last match is the answer."
+        },
     )
+    do_sample: bool = field(default=False, metadata={"help": "Sampled answers instead of greedy ones."})
+    temperature: float = field(default=1.0, metadata={"help": "do_sample: above 0; less is more certain."})
+    top_p: float = field(default=1.0, metadata={"help": "do_sample: the likeliest tokens that hold this share."})
+    seed: int = field(
+        default=0, metadata={"help": "do_sample: decides each row's answer, at any batch size (but for rounding)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; give more than 0, or do_sample: false for the best.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a share above 0 and up to 1, which is all tokens.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more.")
+        for name, default in {"temperature": 1.0, "top_p": 1.0, "seed": 0}.items():
+            if not self.do_sample and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)}, which has no effect without do_sample: true.")
 
 
 @dataclass

@@ -55,6 +55,8 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
         found.append("projector has no effect: no loss of this recipe uses projectors.")
     if args.fusion != Confidence() and len(weights) == 1:
         found.append("fusion has no effect: there is one teacher.")
+    if args.evaluation.do_sample and not args.evaluation.generate:
+        found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
     if not weights:
         alone = {"fusion": args.fusion != Confidence(), "alignment": args.alignment != AlignmentConfig(),
                  "control.shuffle": args.control.shuffle is not None}  # fmt: skip

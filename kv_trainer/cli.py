@@ -35,6 +35,7 @@ EVALUATE = f"""{OVERRIDE}
 examples:
   kv-trainer evaluate outputs/quickstart/two_teachers --recipe recipes/quickstart/two_teachers.yaml
   kv-trainer evaluate gpt2 --recipe recipes/quickstart/two_teachers.yaml --data.max_eval_samples 100
+  kv-trainer evaluate gpt2 --recipe recipes/reasoning_gym/evaluate.yaml --evaluation.do_sample true --evaluation.seed 1
 """
 VALIDATE = f"""No weights are loaded and nothing is downloaded: only local configs and tokenizers are opened.
 {OVERRIDE}

@@ -69,13 +69,15 @@ def _draw_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
     steps, perplexity = _series(rows, "eval_perplexity")
     names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("eval_accuracy")))
-    tasks = sorted(name for name in names if name != "eval_accuracy")
+    tasks = sorted(name for name in names if name not in ("eval_accuracy", "eval_accuracy_macro"))
     handles = []
     lower = axes
     if names:
-        for name, colour in zip(["eval_accuracy", *tasks], (INK, *PALETTE[3:], *PALETTE[1:3]), strict=False):
+        # More tasks than colours: those of the next round have another mark.
+        styles = [(colour, mark) for mark in "osD^v" for colour in (*PALETTE[3:], *PALETTE[1:3])]
+        for name, (colour, mark) in zip(["eval_accuracy", *tasks], [(INK, "o"), *styles], strict=False):
             label = name.removeprefix("eval_accuracy").lstrip("_") or "all"
-            handles += axes.plot(*_series(rows, name), color=colour, marker="o", markersize=4, label=label)
+            handles += axes.plot(*_series(rows, name), color=colour, marker=mark, markersize=4, label=label)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         lower = axes.twinx()
@@ -86,7 +88,7 @@ def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
     if names:
         for side in lower.spines.values():
             side.set_visible(False)
-        _legend(axes, handles)
+        _legend(axes, handles, letters=60)
 
 
 def _dress(axes: Axes, title: str) -> None:
@@ -101,9 +103,14 @@ def _dress(axes: Axes, title: str) -> None:
         axes.spines[side].set_color(FAINT)
 
 
-def _legend(axes: Axes, handles: list[Any]) -> None:
-    """One row below the axes, where it hides no line; more rows where the names are many."""
-    where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": min(len(handles), 5)}
+def _legend(axes: Axes, handles: list[Any], letters: int = 90) -> None:
+    """One row below the axes, where it hides no line; more rows where the names are many or long.
+
+    letters: as many as go into a row.
+    """
+    longest = max((len(handle.get_label()) for handle in handles), default=1)
+    columns = max(1, min(len(handles), 5, letters // longest))
+    where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": columns}
     axes.legend(handles=handles, **where, frameon=False, fontsize=9, handlelength=1.8, labelcolor=INK)
 
 

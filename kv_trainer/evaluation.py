@@ -1,4 +1,4 @@
-"""The evaluation of a student: greedy answers and likelihoods of rows, fed to the metrics."""
+"""The evaluation of a student: answers and likelihoods of rows, fed to the metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from .files import write_text
-from .metrics import ExactAnswer, Perplexity, extract_answer, is_hit
+from .metrics import ExactAnswer, Perplexity, extract_answer, is_hit, reference_answer
+from .sampling import decoding
 
 if TYPE_CHECKING:
     from .arguments import EvaluationConfig
@@ -40,8 +41,8 @@ def evaluate_model(
     rows: dicts with input_ids and labels (-100 = not supervised), and for answers prompt_ids, answer and task. A
     reference that holds `config.answer_pattern` itself, as GSM8K's do, is reduced to what the pattern finds.
     Returns eval_loss (nats a token), eval_perplexity and, where `config.generate` and rows have answers,
-    eval_accuracy and eval_accuracy_<task>; rows without an answer are left out of those. Every rank that calls
-    this sees all rows. Raises ValueError where no row or no token can be scored.
+    eval_accuracy, eval_accuracy_<task> and eval_accuracy_macro; rows without an answer are left out of those. Every
+    rank that calls this sees all rows. Raises ValueError where no row or no token can be scored.
     """
     return evaluate_rows(model, tokenizer, rows, config, progress)[0]
 
@@ -74,7 +75,7 @@ def evaluate_rows(
             texts = generate_texts(model, tokenizer, [rows[i]["prompt_ids"] for i in asked], config, progress)
             for i, text in zip(asked, texts, strict=True):
                 answer, pattern = rows[i]["answer"], config.answer_pattern
-                prediction, reference = extract_answer(text, pattern), extract_answer(answer, pattern) or answer
+                prediction, reference = extract_answer(text, pattern), reference_answer(answer, pattern)
                 found[i] |= {"prediction": prediction, "reference": reference, "hit": is_hit(prediction, reference)}
             results |= ExactAnswer().compute(
                 predictions=[found[i]["prediction"] for i in asked],
@@ -134,15 +135,17 @@ def generate_texts(
     config: EvaluationConfig,
     progress: bool = False,
 ) -> list[str]:
-    """The greedy continuation of each prompt, up to the end-of-text token or `config.max_new_tokens`."""
+    """Each prompt's continuation, greedy or sampled, up to the end-of-text token or `config.max_new_tokens`."""
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("A row has an answer but an empty prompt_ids; there is nothing to generate from.")
     texts = [""] * len(prompts)
     with _bar("answers", len(prompts), progress) as bar, _greedy(model, tokenizer, config.max_new_tokens):
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):
             ids, mask = _pad([prompts[i] for i in batch], _pad_id(tokenizer), "left", model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            drawn = decoding(config, batch, ids.shape[1])
             with torch.no_grad():
-                output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+                output: torch.Tensor = model.generate(**inputs, logits_processor=drawn)  # type: ignore[operator]
             # The padding behind an answer that ends early is special too.
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, new, strict=True):
@@ -153,7 +156,10 @@ def generate_texts(
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """Plain greedy decoding with a cache, whatever the checkpoint's own generation config asks for."""
+    """Plain greedy decoding with a cache, whatever the checkpoint's own generation config asks for.
+
+    Sampled answers are decoded so too: sampling.py leaves one token to take.
+    """
     # generate() fills what it is not given from the model's config (and warns of its temperature): swap it out.
     # Under PEFT the config that counts is the wrapped model's.
     owner: Any = getattr(model, "get_base_model", lambda: model)()

@@ -10,6 +10,9 @@ from typing import Any
 import datasets
 import evaluate
 
+from .answers import IN_REFERENCES, RULES, plain
+
+MACRO = "accuracy_macro"  # the mean over tasks
 NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
 
 
@@ -29,11 +32,21 @@ def normalize_answer(answer: str | None) -> str:
     return sign + whole + (f".{fraction}" if fraction else "")
 
 
-def extract_answer(text: str, pattern: str) -> str | None:
-    """Group 1 of the last match of `pattern`, normalised; None where nothing (or only blanks) is matched.
+def reference_answer(text: str, pattern: str) -> str:
+    """A reference as `extract_answer` would give it: what is found in it, else (normalised) the whole of it."""
+    if pattern in RULES:
+        return normalize_answer(IN_REFERENCES[pattern](text) or plain(text))
+    return extract_answer(text, pattern) or normalize_answer(text)
 
-    Raises ValueError if the pattern has no group.
+
+def extract_answer(text: str, pattern: str) -> str | None:
+    """The answer in a text, normalised; None where there is none (or only blanks).
+
+    pattern: the name of a rule of answers.py (gsm8k, boxed, last_number, auto), or a regular expression, group 1 of
+    whose last match is the answer. Raises ValueError if the expression has no group.
     """
+    if pattern in RULES:
+        return normalize_answer(RULES[pattern](text)) or None
     compiled = re.compile(pattern)
     if not compiled.groups:
         raise ValueError(f"answer_pattern {pattern!r} has no group; put the answer in parentheses, as in '#### (.+)'.")
@@ -73,7 +86,8 @@ class ExactAnswer(_InMemoryMetric):
 
     compute(predictions, references, tasks=None): three lists of strings. None or '' in either of the first two
     means there is no answer, which is never right; a task of None counts only in the overall figure.
-    Returns {'accuracy': 0..1, 'accuracy_<task>': 0..1, ...}; raises ValueError where there is nothing to score.
+    Returns {'accuracy': 0..1, 'accuracy_<task>': 0..1, ...} and, of two tasks or more, 'accuracy_macro', the mean of
+    theirs; raises ValueError where there is nothing to score.
     """
 
     inputs = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
@@ -97,7 +111,11 @@ class ExactAnswer(_InMemoryMetric):
             hits["accuracy"].append(hit)
             if task:
                 hits[f"accuracy_{task}"].append(hit)
-        return {name: sum(values) / len(values) for name, values in hits.items()}
+        if MACRO in hits:
+            raise ValueError("A task is named 'macro', as the mean over tasks is; give it another name.")
+        found = {name: sum(values) / len(values) for name, values in hits.items()}
+        tasks = [value for name, value in found.items() if name != "accuracy"]
+        return {**found, MACRO: math.fsum(tasks) / len(tasks)} if len(tasks) > 1 else found
 
 
 class Perplexity(_InMemoryMetric):

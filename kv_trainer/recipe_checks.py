@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .answers import RULES
 from .arguments import Recipe, StudentConfig
 from .balance import check_reference
 from .callbacks import check_callbacks
@@ -79,12 +80,16 @@ def check_evaluation(recipe: Recipe, tree: Node) -> None:
     if args.eval_strategy != "no" and args.data.eval_split is None:
         asked = tree.at("training", "eval_strategy")
         raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
+    if args.evaluation.answer_pattern in RULES:
+        return
     try:
         groups = re.compile(args.evaluation.answer_pattern).groups
     except re.error as error:
         raise RecipeError(f"evaluation.answer_pattern {where} is no regular expression: {error}.") from error
     if not groups:
-        raise RecipeError(f"evaluation.answer_pattern {where} has no group; put the answer in one: '#### (.+)'.")
+        hint = suggest(args.evaluation.answer_pattern, list(RULES))
+        known = f"put the answer in one, '#### (.+)', or name a rule: {', '.join(RULES)}"
+        raise RecipeError(f"evaluation.answer_pattern {where} has no group; {known}.{hint}")
 
 
 def check_around(recipe: Recipe, tree: Node) -> None:

@@ -111,7 +111,7 @@ def print_results(
 ) -> None:
     """The figures of a finished run, then where its files are.
 
-    Known keys, all optional: eval_accuracy, eval_accuracy_<task>, eval_loss, eval_perplexity, loss_<term>,
+    Known keys, all optional: eval_accuracy, eval_accuracy_<task> and _macro, eval_loss, eval_perplexity, loss_<term>,
     train_steps_per_second, peak_memory_mb, train_runtime (seconds). Others are not shown.
     """
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -128,11 +128,12 @@ def print_results(
 
 
 def result_rows(results: dict[str, float]) -> list[tuple[str, str]]:
-    """Label and printed value of every known figure, tasks before the overall answer."""
-    tasks = [name for name in results if name.startswith("eval_accuracy_")]
+    """Label and printed value of every known figure, tasks before the overall answers."""
+    tasks = [name for name in results if name.startswith("eval_accuracy_") and name != "eval_accuracy_macro"]
     terms = [name for name in results if name.startswith("loss_")]
     known: dict[str, tuple[str, Callable[[float], str]]] = {
         **{name: (f"exact answers, {name.removeprefix('eval_accuracy_')}", "{:.1%}".format) for name in tasks},
+        "eval_accuracy_macro": ("exact answers, mean of the tasks", "{:.1%}".format),
         "eval_accuracy": ("exact answers", "{:.1%}".format),
         "eval_perplexity": ("perplexity", "{:.4g}".format),
         "eval_loss": ("evaluation loss", "{:.4g}".format),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import os
@@ -135,7 +136,7 @@ def test_exact_answer_counts_by_task_and_takes_no_answer_as_wrong() -> None:
         "references": ["1", "1000.0", "b", ""],
         "tasks": ["x", "x", "y", None],
     }
-    expected = {"accuracy": 0.25, "accuracy_x": 0.5, "accuracy_y": 0.0}
+    expected = {"accuracy": 0.25, "accuracy_x": 0.5, "accuracy_y": 0.0, "accuracy_macro": 0.25}
     assert metric.compute(**arguments) == expected
     assert metric.compute(**arguments) == expected  # nothing is carried over
     assert metric.compute(predictions=["a"], references=["a"]) == {"accuracy": 1.0}
@@ -143,7 +144,16 @@ def test_exact_answer_counts_by_task_and_takes_no_answer_as_wrong() -> None:
     assert metric.compute() == {"accuracy": 0.5}
 
 
+def test_the_macro_average_weighs_tasks_not_rows() -> None:
+    metric = ExactAnswer()
+    found = metric.compute(predictions=["a"] * 5, references=[*"aaab", "a"], tasks=["x", "x", "x", "y", None])
+    assert found == {"accuracy": 0.8, "accuracy_x": 1.0, "accuracy_y": 0.0, "accuracy_macro": 0.5}
+    assert set(metric.compute(predictions=["a"], references=["a"], tasks=["x"])) == {"accuracy", "accuracy_x"}
+
+
 def test_metrics_refuse_what_cannot_be_scored() -> None:
+    with pytest.raises(ValueError, match="named 'macro'"):
+        ExactAnswer().compute(predictions=["a"], references=["a"], tasks=["macro"])
     with pytest.raises(ValueError, match="no predictions"):
         ExactAnswer().compute(predictions=[], references=[])
     with pytest.raises(ValueError, match="2 tasks"):
@@ -173,6 +183,25 @@ def test_metrics_leave_nothing_in_the_home_and_ask_no_network(tmp_path: Path) ->
     root = str(Path(evaluation.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"PYTHONPATH": root})
     assert not [path for path in tmp_path.rglob("*") if "metrics" in path.name or path.suffix in (".arrow", ".lock")]
+
+
+def test_the_metrics_of_the_readme_work_offline(tmp_path: Path) -> None:
+    root = Path(evaluation.__file__).parents[1]
+    blocks = (root / "README.md").read_text(encoding="utf-8").split("```python\n")
+    (example,) = [text.split("```")[0] for text in blocks if text.startswith("from kv_trainer.metrics")]
+    refused = (
+        "import socket\n"
+        "def refuse(*a, **k): raise OSError('network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", refused + example], check=True, capture_output=True, text=True,
+        env=environment | {"MPLCONFIGDIR": os.devnull, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    accuracy, perplexity = map(ast.literal_eval, done.stdout.splitlines())
+    assert accuracy == {"accuracy": 1.0, "accuracy_sum": 1.0, "accuracy_half": 1.0, "accuracy_macro": 1.0}
+    assert perplexity == pytest.approx({"loss": 1.1, "perplexity": math.exp(1.1)})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
@@ -235,6 +264,7 @@ def test_evaluate_model_and_batch_sizes_agree(model, tokenizer, rows) -> None:
         "eval_accuracy": 3 / 11,
         "eval_accuracy_even": 3 / 6,
         "eval_accuracy_odd": 0.0,
+        "eval_accuracy_macro": 3 / 12,
     }, rel=1e-5)  # fmt: skip
 
 
@@ -280,6 +310,13 @@ def test_sampling_settings_of_the_checkpoint_change_nothing(model, tokenizer, ro
     plain = generate_texts(model, tokenizer, prompts, config)
     model.generation_config.repetition_penalty = 9.0
     assert generate_texts(model, tokenizer, prompts, config) == plain
+
+
+def test_references_are_read_by_the_rule_of_the_answers(model, tokenizer, rows, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "generate_texts", lambda *a, **k: [r"\boxed{x = 5}", "so it is 7"])
+    pair = [rows[0] | {"answer": "x = 5"}, rows[1] | {"answer": "3 + 4\n#### 7.0"}]
+    found = evaluate_model(model, tokenizer, pair, EvaluationConfig(answer_pattern="auto"), progress=False)
+    assert found["eval_accuracy"] == 1.0
 
 
 def test_adapters_generate_and_leave_the_base_alone(model, tokenizer, rows) -> None:

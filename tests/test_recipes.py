@@ -170,6 +170,11 @@ def test_unknown_keys(text: str, message: str) -> None:
             "evaluation.answer_pattern in recipes/x.yaml, line 3 is no regular expression",
         ),
         ("evaluation: {answer_pattern: 'a'}", "evaluation.answer_pattern in recipes/x.yaml, line 3 has no group"),
+        ("evaluation: {answer_pattern: gsm8}", "last_number, auto. Did you mean 'gsm8k'?"),
+        ("evaluation: {temperature: 0.5}", "temperature is 0.5, which has no effect without do_sample: true."),
+        ("evaluation: {do_sample: true, temperature: 0.0}", "temperature is 0.0; give more than 0, or do_sample"),
+        ("evaluation: {do_sample: true, top_p: 1.5}", "top_p is 1.5; give a share above 0 and up to 1"),
+        ("evaluation: {do_sample: true, seed: -1}", "seed is -1; give 0 or more."),
         ("alignment: {layers: {method: explicit}}", "alignment.layers in recipes/x.yaml, line 3 needs both"),
         ("alignment: {layers: {method: explicit, map: {a: [1]}}}", "line 3 is for a; the teachers are "),
         ("alignment: {layers: {method: explicit, map: {a: [x]}}}", "give a mapping or null."),
@@ -491,6 +496,7 @@ def test_what_is_shorter_than_a_quick_run_stays_so() -> None:
     [
         (["--teachers.math.weight", "2"], "teachers.math.weight has no effect"),
         (["--projector.dropout", "0.2"], "projector has no effect"),
+        (["--evaluation.generate=false", "--evaluation.do_sample=true"], "evaluation.do_sample has no effect"),
         (
             ["--control.shuffle", "rows", "--teachers=null", "--losses.kv_relation=null"],
             "control.shuffle has no effect",

@@ -16,6 +16,7 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 from rich.console import Console
 
+from kv_trainer import curve
 from kv_trainer.arguments import DataConfig, MultiTeacherKVConfig, Recipe, StudentConfig, TeacherConfig
 from kv_trainer.curve import draw_curve
 from kv_trainer.hub import write_model_card
@@ -26,8 +27,9 @@ from kv_trainer.types import KVShape
 STUDENT = KVShape("llama", 6, 3, 64, 1e5, 49_152, 49_600_000)
 TEACHERS = {"math": KVShape("qwen2", 28, 2, 128, 1e6, 151_936, 1_540_000_000), "twin": STUDENT}
 RESULTS = {
-    "eval_accuracy": 0.4521, "eval_accuracy_chain": 0.5, "eval_accuracy_letters": 0.4, "eval_perplexity": 3.4215,
-    "eval_loss": 1.23, "loss_cross_entropy": 0.61, "loss_kv_relation": 0.42, "train_steps_per_second": 2.345,
+    "eval_accuracy": 0.4521, "eval_accuracy_chain": 0.5, "eval_accuracy_letters": 0.4, "eval_accuracy_macro": 0.45,
+    "eval_perplexity": 3.4215, "eval_loss": 1.23, "loss_cross_entropy": 0.61, "loss_kv_relation": 0.42,
+    "train_steps_per_second": 2.345,
     "peak_memory_mb": 2048.0, "train_runtime": 3725.0, "epoch": 3.0,
 }  # fmt: skip
 
@@ -95,9 +97,9 @@ def test_results_table(tmp_path: Path) -> None:
     print_results(screen, RESULTS, long, tmp_path)
     text = screen.file.getvalue()
     for words in ("45.2%", "chain", "50.0%", "letters", "40.0%", "3.421", "last kv_relation loss", "0.42", "2.35",
-                  "2.00 GiB", "1 h 02 min", f"curve: {long}\n", f"model: {tmp_path}"):  # fmt: skip
+                  "mean of the tasks", "2.00 GiB", "1 h 02 min", f"curve: {long}\n", f"model: {tmp_path}"):  # fmt: skip
         assert words in text, words
-    assert "epoch" not in text
+    assert "epoch" not in text and "macro" not in text
     screen = console()
     print_results(screen, {}, None, tmp_path)
     assert "curve" not in screen.file.getvalue()
@@ -120,6 +122,18 @@ def test_curve_is_a_picture(tmp_path: Path, evaluations: int, steps: int) -> Non
     assert 0.02 < (image[..., :3].min(-1) < 0.9).mean() < 0.5, "something is drawn, on white"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "metrics.jsonl"]
     assert pyplot.get_fignums() == []
+
+
+def test_every_task_of_many_has_a_line_and_their_mean_has_none(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(curve, "_legend", lambda axes, handles, **more: drawn.append(handles))
+    many = {f"eval_accuracy_task{i}": i / 20 for i in range(10)} | {"eval_accuracy_macro": 0.3}
+    rows = [row | many if "eval_loss" in row else row for row in curve_rows(3)]
+    draw_curve(write_rows(tmp_path / "metrics.jsonl", rows), tmp_path / "curve.png", "title")
+    assert [line.get_label() for line in drawn[-1]] == [
+        "all", *sorted(["chain", *(f"task{i}" for i in range(10))]), "perplexity",
+    ]  # fmt: skip
+    assert len({(line.get_color(), line.get_marker()) for line in drawn[-1]}) == 13
 
 
 def test_evaluations_take_the_place_of_the_learning_rate(tmp_path: Path) -> None:
@@ -180,7 +194,10 @@ def test_card_holds_the_run_and_is_read_by_the_hub(tmp_path: Path) -> None:
     assert data.library_name == "transformers" and data.base_model == "HuggingFaceTB/SmolLM2-135M"
     assert "kv-distillation" in data.tags and data.datasets is None
     figures = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert figures == {"accuracy": 0.4521, "accuracy chain": 0.5, "accuracy letters": 0.4, "perplexity": 3.4215}
+    assert figures == {
+        "accuracy": 0.4521, "accuracy chain": 0.5, "accuracy letters": 0.4, "accuracy macro": 0.45,
+        "perplexity": 3.4215,
+    }  # fmt: skip
     assert front_matter(text)["model-index"][0]["name"] == "out"
     for words in ("`Qwen/Qwen2-7B` at `abc123`", "| letters | `letters` | - |", "layers 0, 5", "from 2 teachers",
                   "`linear` projector", "151,936", "45.2%", "kv-trainer train recipe.yaml",

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..metrics import MACRO
 from .blocks import Block, Code, Grid, Heading, Items, Picture, Text, as_html, as_markdown
 from .fairness import agreement, violations
 from .figures import draw_all
 from .jobs import Job
 from .reach import reached
-from .results import MACRO, Study
+from .results import Study
 from .statistics import FEWEST, RESAMPLES, mean, std
 from .words import figure_of, finding_of, is_share, p_words, percent, spread_of, steps_of_timed, unit
 

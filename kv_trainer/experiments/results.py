@@ -13,13 +13,13 @@ import numpy as np
 
 from ..callbacks import METRICS_FILE, read_metrics
 from ..evaluation import read_predictions
+from ..metrics import MACRO
 from ..run import PREDICTIONS
 from .experiment import Experiment
 from .fairness import Finding, Records, check_budget
 from .jobs import Job
 from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
 
-MACRO = "accuracy_macro"
 NOT_JUDGED = "not judged"  # of every metric but the first
 
 
