@@ -14,12 +14,7 @@ from ..reach import Reached
 from ..results import Study
 from ..statistics import mean, std
 from ..words import figure_of, is_share
-from .style import dress, new_figure, save, styles
-
-DOTS: dict[str, Any] = {
-    "marker": "o", "linestyle": "none", "color": "white", "markeredgecolor": INK, "markersize": 4, "zorder": 3,
-    "clip_on": False,
-}  # fmt: skip
+from .style import DOTS, dress, new_figure, save, seeds_of, styles
 
 
 def draw_bars(study: Study, target: Path) -> None:
@@ -28,7 +23,7 @@ def draw_bars(study: Study, target: Path) -> None:
     panels = {metric: f"{metric}, all rows"}
     if metric == "accuracy" and len(study.tasks) > 1:
         panels = {"accuracy": "exact answers, all tasks"} | {f"accuracy_{t}": t for t in study.tasks[:4]}
-    figure = new_figure(f"{metric} by arm, {len(study.seeds)} seeds", height=1.4 + 0.36 * len(study.arms))
+    figure = new_figure(f"{metric} by arm, {seeds_of(study)}", height=1.4 + 0.36 * len(study.arms))
     each = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     highest = max([x for arm in study.arms for name in panels for x in study.values[arm].get(name, [])])
     for axes, (name, title) in zip(each, panels.items(), strict=True):
@@ -55,16 +50,20 @@ def draw_panel(
         if len(each) > 1:
             axes.plot(each, [row] * len(each), **DOTS)
         right = max([middle + error, *each])
-        axes.annotate(
-            figure_of(metric, middle), (right, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
-            color=INK,
-        )  # fmt: skip
+        write_beside(axes, figure_of(metric, middle), right, row)
     axes.set_xlim(0, 1.35 * highest)
     few_ticks(axes)
     if is_share(metric) and highest > 0.4:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     if is_share(metric):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if highest > 0.05 else 1))
+
+
+def write_beside(axes: Axes, text: str, right: float, row: int) -> None:
+    """To the right of a bar, where the axes have room for it."""
+    where: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    # Its width is no number of the axes': a layout that made room for it would shrink them, and so need more.
+    axes.annotate(text, (right, row), **where, fontsize=8, color=INK).set_in_layout(False)
 
 
 def few_ticks(axes: Axes) -> None:
@@ -91,17 +90,16 @@ def draw_reached(study: Study, reached: Reached, target: Path) -> None:
         for row, arm in enumerate(study.arms):
             value = means[arm]
             some = [x for x in reached.each[arm][unit] if x is not None]
-            axes.plot(some, [row] * len(some), **DOTS)
+            if some:  # an empty line that is not clipped would upset the layout
+                axes.plot(some, [row] * len(some), **DOTS)
             label = f"reached by {len(some)} of {len(study.seeds)} seeds" if some else "not reached"
             if value is not None:
                 axes.barh(row, value, height=0.62, color=look[arm]["color"], alpha=0.75)
                 base = means[against]
                 label = f"{value:,.0f}" + (f"  ({value / base:.2f}x)" if base and arm != against else "")
             right = max([value or 0.0, *some])
-            axes.annotate(
-                label, (right, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-            )
-        axes.set_xlim(0, 1.4 * highest)
+            write_beside(axes, label, right, row)
+        axes.set_xlim(0, 1.5 * highest)
         few_ticks(axes)
         dress(axes, unit)
         axes.grid(axis="y", visible=False)

@@ -14,7 +14,7 @@ from ...callbacks.figures import CROSS_ENTROPY
 from ...curve import INK, PALETTE, PLAIN
 from ..reach import at, seconds_at, series
 from ..results import Study
-from .style import dress, legend_below, new_figure, save, styles
+from .style import dress, legend_below, new_figure, save, seeds_of, styles
 
 TERMS = ("loss_kv_relation", "loss_kv", "loss_cka", "loss_codi", "loss_attention_kl", "loss_logit_kd")
 POINTS = 80
@@ -106,7 +106,7 @@ def draw_terms(study: Study, arm: str, target: Path) -> bool:
     axes.set_ylim(0, 1)
     axes.set_xlim(steps[0], steps[length - 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    dress(axes, f"weighted terms, mean of {len(study.seeds)} seeds", "step")
+    dress(axes, f"weighted terms, mean of {seeds_of(study)}", "step")
     handles, labels = axes.get_legend_handles_labels()
     legend_below(figure, handles, labels)
     axes.tick_params(colors=INK)

@@ -13,7 +13,7 @@ from ..contribution import Game, leave_one_out, shapley
 from ..results import Study
 from ..statistics import mean, std
 from ..words import is_share, unit
-from .style import dress, new_figure, save
+from .style import DOTS, dress, new_figure, save, seeds_of
 
 EVEN = 1e-3  # shares that differ by less are of no routing
 
@@ -60,7 +60,7 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
             yerr=[std(v) for v in each], error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
         )  # fmt: skip
         for place, v in zip(places, each, strict=True):
-            axes.plot([place] * len(v), v, "o", color="white", markeredgecolor=INK, markersize=4)
+            axes.plot([place] * len(v), v, **DOTS)
             top = max([mean(v) + std(v), *v, 0.0])
             axes.annotate(
                 f"{mean(v):.1f}", (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
@@ -71,6 +71,6 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
     axes.margins(y=0.15)
     if all(abs(x) < 1e-9 for values in both.values() for one in values.values() for x in one):
         axes.set_ylim(0, 1)  # rounding would make a scale of its own
-    dress(axes, f"{unit(metric)} of {metric}, over {len(study.seeds)} seeds")
+    dress(axes, f"{unit(metric)} of {metric}, over {seeds_of(study)}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     save(figure, target)

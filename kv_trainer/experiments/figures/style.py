@@ -15,12 +15,20 @@ from ..results import Study
 
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 WIDTH = 11.0
+DOTS: dict[str, Any] = {
+    "marker": "o", "linestyle": "none", "color": "white", "markeredgecolor": INK, "markersize": 4, "zorder": 3,
+    "clip_on": False,
+}  # fmt: skip
 
 
 def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     figure.suptitle(title, parse_math=False, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
+
+
+def seeds_of(study: Study) -> str:
+    return f"{len(study.seeds)} seed{'s' * (len(study.seeds) != 1)}"
 
 
 def save(figure: Figure, target: Path) -> None:
