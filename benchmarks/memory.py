@@ -7,7 +7,7 @@ whatever a step claims on the way; on a CPU every allocation, as torch.profiler 
 memory_over_sft_plus_teachers: two teachers, KV relation, attention weighting; with the teachers' weights on both sides.
 five_teachers_memory_over_one: five unlike teachers against the one of them with the lowest peak, weights of teachers
 left out on both sides; under KV relation, and under the projectors in either direction.
-All of the models have 4 layers and width 256, or nearly, so that no teacher stands out.
+All of the models have 4 layers and width 256, or nearly, so that no teacher stands out, and a vocabulary of 8,192.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kv_trainer.arguments import ProjectorConfig
 from kv_trainer.fusion import Uniform
 from kv_trainer.losses import CrossEntropy, DistillationLoss, KVLoss, KVRelationLoss
 
+VOCABULARY = 8192
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 64}),
     "deep": ("llama", {"num_hidden_layers": 6, "hidden_size": 208, "intermediate_size": 560}),
@@ -39,9 +40,9 @@ SETTINGS: dict[str, tuple[str, DistillationLoss, str]] = {
 def trainer_of(names: Sequence[str], losses: dict[str, DistillationLoss], options: Any, direction: str) -> Any:
     reads = tokenizer(600)
     rows = text_rows(options.batch, options.length, reads)
-    teachers = {name: (build("small", 2000, TEACHERS[name][0], 1, **TEACHERS[name][1]), reads) for name in names}
+    teachers = {name: (build("small", VOCABULARY, TEACHERS[name][0], 1, **TEACHERS[name][1]), reads) for name in names}
     return make_trainer(
-        build("small"), teachers, {"cross_entropy": CrossEntropy(), **losses}, rows, options.batch, reads,
+        build("small", VOCABULARY), teachers, {"cross_entropy": CrossEntropy(), **losses}, rows, options.batch, reads,
         options.device, projector=ProjectorConfig(direction=direction), fusion=Uniform(),
     )  # fmt: skip
 
@@ -50,7 +51,7 @@ def over_plain(options: Any) -> float:
     losses = {"kv_relation": KVRelationLoss(attention="teacher", attention_warmup_steps=0)}
     ours = trainer_of(["qwen3", "neox"], losses, options, "student_to_teacher")
     teachers = sum(p.numel() * p.element_size() for t in ours.teachers.values() for p in t.model.parameters())
-    plain = plain_trainer(ours, build("small").to(ours.args.device))
+    plain = plain_trainer(ours, build("small", VOCABULARY).to(ours.args.device))
     return (step_memory(ours, options.device) + teachers) / (step_memory(plain, options.device) + teachers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,25 +10,9 @@ import torch
 from torch import Tensor
 
 from ..fusion import Fusion
-from ..types import KVStates
 from .base import LayerwiseLoss, LossInputs, heard, stacked
 from .gather import gather_inputs, ranks
-from .gram import FLOOR, relative_error
-
-
-def directions(x: Tensor, length: Tensor) -> Tensor:
-    """Centred positions of each group at a given length; of unit length, their products are cosines.
-
-    x [N, Q, P, C], length [Q, P], 0 = masked; returns [N, Q, P, C], zero also where a position differs from the mean
-    by rounding alone: it has no direction. Few passes over x: this is all that the loss costs.
-    """
-    mask = length > 0
-    share = mask / mask.sum(1, keepdim=True).clamp_min(1)
-    mean = torch.einsum("qp,nqpc->nqc", share.to(x.dtype), x).unsqueeze(2)
-    centred = x - mean
-    norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
-    floor = 1e-5 * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
-    return centred * torch.where(norm > floor, length[None, :, :, None] / norm.clamp_min(1e-12), 0.0)
+from .gram import FLOOR, directions, relative_error
 
 
 def pick_positions(mask: Tensor, count: int) -> Tensor:
@@ -119,31 +103,42 @@ class KVRelationLoss(LayerwiseLoss):
 
     def _relative(self, inputs: LossInputs, layers: list[int], shares: Tensor, chosen: Tensor | None) -> Tensor:
         """The relative squared error of some layers, [parts x layers, groups]."""
-        assert inputs.student is not None
         parts = ("keys", "values") if self.parts == "both" else (self.parts,)
-
-        def positions(states: KVStates) -> Tensor:
-            x = grouped(stacked(states, parts, layers), shares.shape[1], self.samples)
-            return x if chosen is None else take_positions(x, chosen)
-
-        ours = directions(positions(inputs.student), (shares > 0).any(0).float())
-        teachers = map(positions, inputs.teachers.values())
         by_element = inputs.fusion is not None and inputs.fusion.in_target_space
-        if not by_element and not (torch.is_grad_enabled() and shares.requires_grad):
-            lengths = root(shares)
+        if by_element or torch.is_grad_enabled() and shares.requires_grad:
+            return self._of_whole_matrices(inputs, parts, layers, shares, chosen)
+        lengths, trusted, found = root(shares), (shares > 0).any(0).float(), []
+        for part in parts:  # one after the other: half as much is alive at once
+            ours, *theirs = self._positions(inputs, (part,), layers, shares.shape[1], chosen)
             with torch.no_grad():
-                scaled = [directions(x, length) for x, length in zip(teachers, lengths, strict=True)]
-            return relative_error(ours, scaled, lengths)
+                scaled = [directions(x, length, reuse=True) for x, length in zip(theirs, lengths, strict=True)]
+            found.append(relative_error(ours, trusted, scaled, lengths))
+        return torch.cat(found)
+
+    def _of_whole_matrices(
+        self, inputs: LossInputs, parts: tuple[str, ...], layers: list[int], shares: Tensor, chosen: Tensor | None
+    ) -> Tensor:
+        """As `_relative`, for a fusion that looks at the targets, or a router that learns through them."""
+        ours, *theirs = self._positions(inputs, parts, layers, shares.shape[1], chosen)
+        ours = directions(ours, (shares > 0).any(0).float())
         gram = ours @ ours.mT
-        with torch.set_grad_enabled(torch.is_grad_enabled() and shares.requires_grad):  # a router learns through them
-            if by_element:
-                assert inputs.fusion is not None
-                target, weight = fuse_by_element(teachers, shares, gram.detach(), inputs.fusion)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and shares.requires_grad):
+            if inputs.fusion is not None and inputs.fusion.in_target_space:
+                target, weight = fuse_by_element(theirs, shares, gram.detach(), inputs.fusion)
             else:
-                target, weight = fuse(teachers, shares)
+                target, weight = fuse(theirs, shares)
         energy = target.detach().square().sum((2, 3))
         # Without any relation in the target (one position, or equal ones) the group teaches nothing.
         return (gram * weight - target).square().sum((2, 3)) / energy.clamp_min(FLOOR) * (energy > FLOOR)
+
+    def _positions(
+        self, inputs: LossInputs, parts: tuple[str, ...], layers: list[int], groups: int, chosen: Tensor | None
+    ) -> Iterator[Tensor]:
+        """The student's states and then each teacher's, [parts x layers, groups, P, C], one at a time."""
+        assert inputs.student is not None
+        for states in (inputs.student, *inputs.teachers.values()):
+            x = grouped(stacked(states, parts, layers), groups, self.samples)
+            yield x if chosen is None else take_positions(x, chosen)
 
 
 def root(x: Tensor) -> Tensor:

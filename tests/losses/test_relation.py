@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kv_trainer.losses import KVRelationLoss, LossInputs
-from kv_trainer.losses.relation import directions, fuse, pick_positions
+from kv_trainer.losses.gram import directions
+from kv_trainer.losses.relation import fuse, pick_positions
 
 PARTS = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
 Position = tuple[int, int]  # sample, place in it
