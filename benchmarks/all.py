@@ -21,6 +21,9 @@ RESULTS = HERE.parent / "docs" / "results"
 # script -> what its rows promise at most; None: told, not promised
 PROMISES: dict[str, dict[str, float | None]] = {
     "floor": {"step_over_floor": 1.05, "step_over_floor_all_losses": 1.10, "step_over_floor_confidence": None},
+    "step_time": {
+        "quickstart_step_over_floor": 1.15, "quickstart_first_epoch": None, "quickstart_later": None,
+    },
     "stored": {"stored_step_over_sft": 1.10, "stored_step_over_live": None},
     "peers": {"step_over_gkd": 1.0, "memory_over_gkd": 1.0, "step_over_gold_uld": 0.5, "step_over_trl_sft": None},
     "memory": {

@@ -18,7 +18,6 @@ train --quick --teachers.chain.placement offloaded --training.output_dir "$out/o
 python -m kv_trainer precompute recipes/quickstart/two_teachers.yaml --store.path "$out/store"
 train --store.path "$out/store" --teachers.chain.source store --teachers.letters.source store --training.output_dir "$out/stored"
 train --training.output_dir "$out/two_teachers"
-python benchmarks/step_time.py
 mkdir -p "$out/benchmarks"
 python -c 'import trl' 2>/dev/null || pip install --quiet --no-index --find-links wheels trl
 python benchmarks/all.py --device cuda --output "$out/benchmarks"
