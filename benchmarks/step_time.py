@@ -4,7 +4,7 @@ python benchmarks/step_time.py [--repeats 7] [--steps 10] [--json FILE]
 
 Floor: a plain Trainer step of the same student on the same rows + each teacher's whole backbone under inference_mode.
 quickstart_step_over_floor: the mean over the recipe's epochs. In the first, both teachers read every row and their
-heads score it (quickstart_first_epoch); later each teacher reads the rows in which it has a share (quickstart_later). All
+heads score it (quickstart_first_epoch); later each teacher reads the rows where it has a share (quickstart_later). All
 take turns in one process and are compared within a repeat.
 """
 
