@@ -46,7 +46,7 @@ def measure(script: str, options: argparse.Namespace) -> dict[str, Any]:
         file = Path(folder) / "rows.json"
         more = ["--quick"] * options.quick + ["--device", options.device]
         command = [sys.executable, str(HERE / f"{script}.py"), "--json", str(file), *more]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True)
         return json.loads(file.read_text())
 
 
@@ -87,12 +87,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.output == RESULTS and (options.quick or options.device != "cpu"):
+        parser.error("docs/results has rows of a CPU, at full size; give another --output.")
     file = options.output / "benchmarks.json"
-    rows = {row["name"]: row for row in (json.loads(file.read_text())["rows"] if file.exists() else [])}
+    saved = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    rows = {row["name"]: row for row in saved["rows"]}
     for script in options.only:
         found = measure(script, options)
         rows |= {row["name"]: row for row in found["rows"]}
         about = {key: found[key] for key in ("machine", "versions")}
+        if any(saved.get(key, value) != value for key, value in about.items()):
+            raise SystemExit(f"{file} has rows of another machine or other versions; delete it and run them all.")
         ordered = [rows[name] for name in LIMITS if name in rows]
         file.write_text(json.dumps({**about, "rows": ordered}, indent=1) + "\n")
         if script == "growth":

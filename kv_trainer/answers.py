@@ -19,9 +19,14 @@ NUMBER = re.compile(
     rf"(?P<sign>{SIGN})?(?:{MONEY}\s*)?(?P<inner>{SIGN})?"
     rf"(?P<number>{FRACTION}|(?<!\w)(?<!\d\.)(?:{DIGITS})(?:/\d+(?![\d/]))?)"
 )
-# A number and its unit. No unit: what makes another number of it ('2 million', '2 pi') or a time of day ('2 PM').
-NOT_A_UNIT = r"(?:hundred|thousand|million|billion|trillion|dozen|half|halves|pi|sqrt|mod|over|[ap]\.?m\b)"
-UNIT = rf"\s*(?:[%$€£¥]|°\s*[CF]?|(?:k[gm]|[cm]m|m[gl]|mph)\b)|\s+(?!{NOT_A_UNIT})[a-z]{{2,}}[a-z/ ]*"
+# A number and its unit, of at most two words ('5 square metres'). No unit: what makes another number of it ('2
+# million', '2 pi', '1 and a half', '20 minus x') or a time of day ('2 PM').
+NOT_A_UNIT = (
+    r"(?:(?:hundred|thousand|million|billion|trillion|dozen|half|halve|pi|sqrt|mod|over|and|or|minus|plus|time|less|"
+    r"divided|squared|cubed|to)s?|[ap]\.?m\.?)\b"
+)
+WORD = rf"\s+(?!{NOT_A_UNIT})[a-z]{{2,}}(?:/[a-z]+)?"
+UNIT = rf"\s*(?:[%$€£¥]|°\s*[CF]?|(?:k[gm]|[cm]m|m[gl]|mph)\b)|{WORD}(?:{WORD})?"
 QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:{MONEY}\s*)?(?P<inner>[-+]?)(?P<number>{DIGITS})(?:{UNIT})?", re.IGNORECASE
 )
@@ -39,7 +44,7 @@ UNWRAPPED = (
 
 
 def gsm8k(text: str) -> str | None:
-    """What stands behind the last '####', to the end of its line; of a quantity the number alone."""
+    """What stands behind the last '####', there or in the line after, to its end; of a quantity the number alone."""
     found = MARK.findall(text)
     return (boxed(found[-1]) or plain(found[-1])) if found else None
 

@@ -306,9 +306,11 @@ class StoreConfig:
     """
 
     path: str | None = field(default=None, metadata={"help": "Folder of the store."})
-    bits: Literal[16, 8, 4] = field(default=8, metadata={"help": "Of a stored value: 16 is float16."})
-    form: Literal["aligned", "raw"] = field(
-        default="aligned", metadata={"help": "aligned: at the student's layers and positions; raw: the teacher's own."}
+    bits: Literal[16, 8, 4] | None = field(
+        default=None, metadata={"help": "Of a stored value, 16 is float16; default 8, or as the store has it."}
+    )
+    form: Literal["aligned", "raw"] | None = field(
+        default=None, metadata={"help": "aligned (the default): as the student's layers and positions are; raw: not."}
     )
     rows_per_shard: int = field(default=64, metadata={"help": "Rows in a file; so many are held in memory."})
 

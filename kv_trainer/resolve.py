@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def resolve_teacher(
 ) -> Teacher:
     """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer.
 
-    device: where the student trains, for weights that are quantised while they are loaded. seed: of random weights.
+    device: where the student trains, for weights that are quantised while they are loaded. seed: of random weights,
+    which also depend on the name.
     """
     if isinstance(given, Teacher):
         return given
@@ -54,8 +56,9 @@ def resolve_teacher(
     if isinstance(given, TeacherConfig):
         reader = Reader(load_tokenizer(given), given.chat)
         placement = "dispatched" if given.device_map else given.placement
-        model = load_random(given, seed) if given.random else load_pretrained(given, device)
-        return Teacher(model, reader, given.weight, placement, given.random)
+        own = zlib.crc32(f"{seed} {name}".encode())  # two of one architecture are two teachers
+        model = load_random(given, own) if given.random else load_pretrained(given, device)
+        return Teacher(model, reader, given.weight, placement, seed if given.random else None)
     model, tokenizer = given if isinstance(given, tuple) else (given, students)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")

@@ -54,7 +54,7 @@ class Teacher:
 
     def __init__(
         self, model: PreTrainedModel, reader: Reader, weight: float = 1.0, placement: str = "replicated",
-        random: bool = False,
+        random: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
@@ -73,7 +73,7 @@ class Teacher:
         return {
             "model": model_name(self.model), "revision": getattr(self.model.config, "_commit_hash", None),
             "weights": fingerprint(self.model), "tokenizer": tokenizer_hash(self.reader.tokenizer),
-            "weight": self.weight, **({"random": True} if self.random else {}),
+            "weight": self.weight, **({} if self.random is None else {"random": self.random}),
         }  # fmt: skip
 
     def place(self, name: str, device: torch.device) -> None:
@@ -81,14 +81,14 @@ class Teacher:
         self.placement, self.device = place(name, self.model, self.placement, device), device
 
     @contextmanager
-    def present(self, part: nn.Module) -> Iterator[None]:
-        """Inside the block this part of the model is where it computes; one inside another adds nothing."""
+    def present(self, module: nn.Module) -> Iterator[None]:
+        """Inside the block this module of the model is where it computes; one inside another adds nothing."""
         if self.placement != "offloaded" or self.device is None or self._present:
             yield
             return
         self._present = True
         try:
-            with resident(part, self.device):
+            with resident(module, self.device):
                 yield
         finally:
             self._present = False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from . import profiling
 from .adapters import add_adapters, students_peft
 from .arguments import MultiTeacherKVConfig, TeacherConfig
 from .bridge import NAME, KVBridge, Supervision
@@ -289,6 +290,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            profiling.start(None)
             if self.use_cache is not None:
                 self.model.config.use_cache = self.use_cache
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..arguments import Recipe
@@ -23,8 +24,8 @@ from ..cli import leave_together
 from ..facts import hardware
 from ..files import write_text
 from ..losses import CrossEntropy
-from ..manifest import last_whole
-from ..recipes import load_recipe
+from ..manifest import differences, last_whole
+from ..recipes import dump_recipe, load_recipe
 from ..run import train
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
@@ -38,7 +39,8 @@ def now() -> dict[str, float]:
 class Recorder(TrainerCallback):
     """What a run was given, step by step: row numbers, supervised tokens, samples, and seconds since it began.
 
-    Seconds are of training alone: without loading, evaluations and saves; of the wall, and of the processor, a thread.
+    Seconds are of optimizer steps alone, without loading, calibration, evaluations and saves: of the wall, and of the
+    processor, a thread.
     What was recorded until a checkpoint lies beside it, so that a resumed run goes on.
     """
 
@@ -84,6 +86,7 @@ class Recorder(TrainerCallback):
             self.tokens, self.samples = saved["tokens"][:done], saved["samples"][:done]
             self.clocks = {name: each[:done] for name, each in saved["clocks"].items()}
             self.seconds = {name: each[-1] for name, each in self.clocks.items()}
+        self.mark = now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
         then, self.mark = self.mark, now()
@@ -113,7 +116,8 @@ class Recorder(TrainerCallback):
         args = self.trainer.args
         loss = args.losses.get("cross_entropy", CrossEntropy())
         return {
-            "seed": args.seed, "steps": len(self.rows), "tokens": int(sum(float(n or 0) for n in self.tokens)),
+            "seed": args.seed, "steps": len(self.rows), "max_steps": args.max_steps,
+            "tokens": int(sum(float(n or 0) for n in self.tokens)),
             "samples": int(sum(map(float, self.samples))), **self.begin,
             "order": self.order(), "cross_entropy": asdict(loss), "processes": args.world_size,
             "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
@@ -126,11 +130,29 @@ class Recorder(TrainerCallback):
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train a recipe; a run that was interrupted goes on from its last whole checkpoint. Returns the record."""
     folder, recorder = Path(str(recipe.args.output_dir)), Recorder()
-    results = train(recipe, resume=last_whole(folder)[0] is not None, watch=recorder.attach)
+    results = train(recipe, resume=goes_on(folder, recipe), watch=recorder.attach)
     record = recorder.record(results)
     if recorder.trainer.is_world_process_zero():
         write_text(folder / RECORD, json.dumps(record) + "\n")
     return record
+
+
+def goes_on(folder: Path, recipe: Recipe) -> bool:
+    """Whether an interrupted run can go on: it has a whole checkpoint, and the record of the steps until there.
+
+    ValueError if it is of other settings.
+    """
+    checkpoint, _ = last_whole(folder)
+    saved = folder / "recipe.yaml"
+    if checkpoint is None or not saved.exists():
+        return False
+    texts = (dump_recipe(one) for one in (load_recipe(saved), recipe))
+    found = differences(*map(yaml.safe_load, texts))
+    if found:
+        raise ValueError(f"{folder} holds a begun run of other settings: {'; '.join(found)}. Remove it to begin anew.")
+    records = list(folder.glob("progress-*.json"))
+    steps = int(checkpoint.name.rpartition("-")[2])  # a process may be killed between a checkpoint and its record
+    return bool(records) and all(len(json.loads(r.read_text(encoding="utf-8"))["rows"]) >= steps for r in records)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..recipe_tree import RecipeError
 from ..recipe_values import suggest
 from .experiment import Experiment, load_experiment
 from .fairness import violations
@@ -35,6 +34,8 @@ def compare(
     console = console or Console()
     experiment = load_experiment(path, quick)
     chosen = experiment.needed(choose(experiment, arms))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds is {', '.join(map(str, seeds))}; name each seed once.")
     numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
     check_arms(experiment)
     jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
@@ -44,6 +45,9 @@ def compare(
     if report_only:
         found = {(job.arm, job.seed): job.record() for job in jobs}
         records: Mapping[tuple[str, int], Any] = {key: record for key, record in found.items() if record is not None}
+        for job in jobs:
+            if all(key in records for key in ((job.arm, job.seed), *job.waits_for)):
+                job.check_time(records)
     else:
         records = run_all(console, experiment, jobs)
     study = study_of(experiment, [arm for arm in experiment.arms if arm in chosen], numbers, records)
@@ -134,5 +138,3 @@ def cells(one: Comparison) -> tuple[str, str, str, str]:
     low, high = (None if x is None else percent(one.metric, x) for x in (one.low, one.high))
     return percent(one.metric, one.difference), "-" if low is None else f"{low} to {high}", p_words(one.p), one.verdict
 
-
-__all__ = ["RecipeError", "compare", "describe"]

@@ -120,10 +120,14 @@ class Experiment:
             if name not in order:
                 order.append(name)
 
-        wanted = {self.against, *chosen, *(self.compared_with(name) for name in chosen)}
-        for name in self.arms:  # in the order of the file
-            if name in wanted:
-                add(name)
+        wanted, grown = {self.against, *chosen}, True
+        while grown:  # what comes in as another's need is compared with an arm of its own
+            order.clear()
+            for name in self.arms:  # in the order of the file
+                if name in wanted:
+                    add(name)
+            more = {*order, *map(self.compared_with, order)}
+            grown, wanted = more != wanted, more
         return order
 
 
@@ -164,6 +168,11 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
     experiment.against = experiment.against or names[0]
     named = [("against", experiment.against, tree.at("against"))]
     named += [("quick.arms", name, tree.at("quick", "arms")) for name in experiment.quick.arms]
+    changed = {"overrides": experiment.overrides, **{f"arms.{n}": arm.set for n, arm in experiment.arms.items()}}
+    for where, settings in changed.items():
+        for key in settings:
+            if str(key).endswith("token"):
+                raise RecipeError(f"{where} sets {key}, which the report would show; set HF_TOKEN in the environment.")
     for name, arm in experiment.arms.items():
         for key in ("like", "seconds_of", "against"):
             if other := getattr(arm, key):
@@ -171,6 +180,9 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
     for key, name, where in named:
         if name not in names:
             raise RecipeError(f"{key} {where} is '{name}', which is no arm.{suggest(name, names)} {', '.join(names)}.")
+    if experiment.arms[experiment.against].against:
+        where = arms.at(experiment.against, "against")
+        raise RecipeError(f"arms.{experiment.against}.against {where} has no effect: all others are compared with it.")
     for name in names:
         seen, waiting = {name}, [name]
         while waiting:

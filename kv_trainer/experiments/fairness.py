@@ -21,7 +21,8 @@ SAME = {
 class Finding:
     """A difference between two arms' runs, or text that is both trained and tested on.
 
-    allowed: why the experiment file says it may be so; None for a violation.
+    allowed: why the experiment file says it may be so; None for a violation. Nothing allows other evaluation rows, or
+    such that are trained on.
     """
 
     arm: str
@@ -39,11 +40,12 @@ def check_budget(experiment: Experiment, arms: Iterable[str], seeds: Iterable[in
             wrong = [s for s in seeds if records[name, s].get(key) != records[against, s].get(key)]
             if wrong:
                 ours, theirs = records[name, wrong[0]].get(key), records[against, wrong[0]].get(key)
-                found.append(Finding(name, told(words, against, wrong, ours, theirs), arm.unequal))
+                allowed = None if key == "eval_rows" else arm.unequal
+                found.append(Finding(name, told(words, against, wrong, ours, theirs), allowed))
         leaks = {s: int(records[name, s].get("shared_prompts") or 0) for s in seeds}
         worst = max(leaks.values(), default=0)
         if worst:
-            found.append(Finding(name, f"{worst} evaluation rows have a prompt that is trained on", arm.unequal))
+            found.append(Finding(name, f"{worst} evaluation rows have a prompt that is trained on"))
     return found
 
 

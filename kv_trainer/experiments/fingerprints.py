@@ -53,7 +53,10 @@ def shared_prompts(train: Dataset, evaluation: Dataset) -> int:
 
 
 def prompt(row: Mapping[str, Sequence[Any]]) -> str:
-    """A hash of the tokens before the first that is supervised; of all of them where there is no prompt."""
+    """A hash of the tokens before the first that is supervised; of all of them where there is no prompt.
+
+    A start token, which is never supervised, is no prompt.
+    """
     ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    return digest(json.dumps(list(ids[:first] or ids)).encode())
+    return digest(json.dumps(list(ids[:first] if first > 1 else ids)).encode())

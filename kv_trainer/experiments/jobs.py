@@ -64,8 +64,8 @@ class Job:
         if not path.exists():
             return None
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        steps = record["steps"] if self.experiment.arms[self.arm].seconds_of else None
-        found = differences(yaml.safe_load(self.saved_text()), yaml.safe_load(self.recipe_text(steps)))
+        now = self.recipe_text(self.given_steps(record))
+        found = differences(yaml.safe_load(self.saved_text()), yaml.safe_load(now))
         if found:
             raise ValueError(
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "
@@ -74,11 +74,26 @@ class Job:
         clock = record["clocks"][self.experiment.clock]
         return {**record, "clock": clock, "seconds": clock[-1]}
 
+    def given_steps(self, record: Mapping[str, Any]) -> int | None:
+        """The steps that another arm's seconds gave a run; None where none did."""
+        if self.experiment.arms[self.arm].seconds_of is None:
+            return None
+        return int(record.get("max_steps") or record["steps"])
+
+    def check_time(self, records: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+        """ValueError if this finished run is as long as another arm's took once, but not as that of today."""
+        given, steps = self.given_steps(records[self.arm, self.seed]), equal_steps(self, records)
+        if given != steps:
+            raise ValueError(
+                f"{self.folder} was given {given} steps; by the seconds of the arms it depends on it would be {steps} "
+                "now. Remove it to run it again."
+            )
+
     def shown(self, record: Mapping[str, Any]) -> str:
         """The command that makes this run again, without this experiment."""
         launcher = self.experiment.launcher
         start = [*launcher, "-m", "kv_trainer", "train"] if launcher else ["kv-trainer", "train"]
-        steps = record["steps"] if self.experiment.arms[self.arm].seconds_of else None
+        steps = self.given_steps(record)
         threads = [f"OMP_NUM_THREADS={record['threads']}"] if record.get("threads") else []
         return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps)])])
 

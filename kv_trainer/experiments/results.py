@@ -41,9 +41,9 @@ class Items:
         if metric == "accuracy":
             return float(np.nanmean(hits)) if np.isfinite(hits).any() else math.nan
         if metric == MACRO:
-            return float(np.mean([hits[:, tasks == task].mean() for task in np.unique(tasks)]))
+            return float(np.mean([np.nanmean(hits[:, tasks == task]) for task in np.unique(tasks[tasks != ""])]))
         chosen = tasks == metric.removeprefix("accuracy_")
-        return float(hits[:, chosen].mean()) if metric.startswith("accuracy_") and chosen.any() else math.nan
+        return float(np.nanmean(hits[:, chosen])) if metric.startswith("accuracy_") and chosen.any() else math.nan
 
 
 @dataclass
@@ -165,7 +165,9 @@ def gather(runs: list[list[dict[str, Any]]]) -> Items | None:
 def study_of(experiment: Experiment, arms: list[str], seeds: list[int], records: Records) -> Study:
     """What can be told of the runs that are there. ValueError where `against`, or a seed of all arms, is not."""
     missing = [f"{arm}-{seed}" for arm in arms for seed in seeds if (arm, seed) not in records]
-    begun = [arm for arm in arms if any((arm, seed) in records for seed in seeds)]
+    there = [arm for arm in arms if any((arm, seed) in records for seed in seeds)]
+    begun = [arm for arm in there if experiment.compared_with(arm) in there]
+    missing += [f"{arm} (nothing to compare it with)" for arm in there if arm not in begun]
     common = [seed for seed in seeds if all((arm, seed) in records for arm in begun)]
     if experiment.against not in begun or not common:
         raise ValueError(

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,25 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside the block a closed terminal, or `kill`, ends this process as Ctrl-C does: its runs are its to stop."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Runner:
     """Runs jobs, `processes` at a time, each in a process of its own. told: job, its record, whether it ran now."""
@@ -61,7 +80,7 @@ class Runner:
         when the experiment is run again.
         """
         self._queue = list(jobs)
-        with ThreadPoolExecutor(self.experiment.processes) as pool:
+        with ended_by_signals(), ThreadPoolExecutor(self.experiment.processes) as pool:
             workers = [pool.submit(self._work) for _ in range(self.experiment.processes)]
             try:
                 for worker in workers:
@@ -75,10 +94,11 @@ class Runner:
         with self._changed:
             self._stopped = True
             for process in self._running.values():
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGTERM)
-                else:
-                    process.terminate()
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    if hasattr(os, "killpg"):
+                        os.killpg(process.pid, signal.SIGTERM)
+                    else:
+                        process.terminate()
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -115,6 +135,7 @@ class Runner:
         ran = record is None
         if record is None:
             record = self._start(job, equal_steps(job, self.records))
+        job.check_time({**self.records, (job.arm, job.seed): record})
         with self._changed:
             self.records[job.arm, job.seed] = record
             self.told(job, record, ran)

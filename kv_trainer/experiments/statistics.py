@@ -58,13 +58,13 @@ def lower_is_better(metric: str) -> bool:
 def paired_p(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """Two-sided, of a paired t-test over seeds; None of a single seed.
 
-    Of differences that are all the same the test says nothing: 1 where they are zero, else 0.
+    None too where the test says nothing: a value is not finite, or the differences are all the same, but not zero.
     """
     differences = np.subtract(ours, theirs)
-    if len(differences) < 2:
+    if len(differences) < 2 or not np.isfinite(differences).all():
         return None
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
-        return 1.0 if abs(differences[0]) <= 1e-12 else 0.0
+        return 1.0 if abs(differences[0]) <= 1e-12 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return float(stats.ttest_rel(ours, theirs).pvalue)
@@ -121,12 +121,14 @@ def points(ours: Sequence[float], theirs: Sequence[float], metric: str) -> float
 def verdict(
     ours: Sequence[float], theirs: Sequence[float], metric: str, p: float | None, rule: VerdictRule
 ) -> str:
-    """keep, optional or drop, by the rule; "none: fewer than 3 seeds" where nothing can be said."""
-    if len(ours) < FEWEST or p is None:
+    """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said."""
+    if len(ours) < FEWEST:
         return f"none: fewer than {FEWEST} seeds"
     better = points(ours, theirs, metric)
     if not math.isfinite(better):
         return "none: a value is not finite"
+    if p is None:
+        return "none: the seeds do not differ, so no test can be made"
     if better < rule.optional - 1e-9:
         return "drop"
     differences = np.subtract(ours, theirs).tolist()

@@ -38,7 +38,7 @@ def finding_of(study: Study, one: Comparison) -> str:
     """One sentence about an arm: how far it is from `against`, how sure that is, and the verdict."""
     value = figure_of(one.metric, mean(study.values[one.arm][one.metric]))
     apart = f"{percent(one.metric, one.difference)} {unit(one.metric)} from {one.against}"
-    sure = f"p {p_words(one.p)}".replace("p <", "p <") if one.p is not None else "no p"
+    sure = f"p {p_words(one.p)}" if one.p is not None else "no p"
     start = f"{one.arm}: {one.metric} {value}, {apart}"
     if one.low is not None and one.high is not None:
         start += f" (95% interval {percent(one.metric, one.low)} to {percent(one.metric, one.high)}, {sure})"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Rows of a Gram matrix at a time: on a CPU what stays in its cache, on a GPU what keeps it busy.
 BLOCK, BLOCK_ON_GPU = 64, 1024
@@ -50,7 +51,7 @@ def relative_error(
     teachers_m teachers_m' / W. 0 where F is zero.
 
     The gradient is computed along with the value, each pair once for both of its orders, in blocks of `block` rows:
-    memory is O(P C + block P), and all that waits for the backward pass is one tensor as large as `states`.
+    memory is O(N Q (P C + block P)), and all that waits for the backward pass is one tensor as large as `states`.
     """
     block = block or (BLOCK if states.device.type == "cpu" else BLOCK_ON_GPU)
     return _RelativeError.apply(states, trusted, lengths, block, *teachers)
@@ -84,6 +85,7 @@ class _RelativeError(torch.autograd.Function):
         return error * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return slopes * gradient[..., None, None], *[None] * (len(ctx.needs_input_grad) - 1)

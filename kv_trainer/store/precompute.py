@@ -15,15 +15,16 @@ from rich.progress import track
 from torch import Tensor
 
 from ..alignment.mapping import align
-from ..arguments import Recipe
+from ..arguments import Recipe, StoreConfig
 from ..files import write_text
 from ..fusion import method_of
 from ..manifest import differences, tokenizer_hash
 from ..run import build_trainer
 from ..trainer import MultiTeacherKVTrainer
-from .shards import RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
+from .shards import FORMAT, RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
 from .teacher import column_of, what_is_read
 
+BITS = 8
 BEGUN = "begun.json"  # what a store is being made of, until store.json is written
 
 
@@ -42,7 +43,7 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
     args.data = replace(args.data, eval_split=None)
     trainer = build_trainer(replace(recipe, teachers=live, args=args))
-    raw, folder, console = store.form == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
+    raw, folder, console = form_of(store) == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
     begun = describe(trainer, recipe)
     check_same(folder, begun)
     trainer.calibrate()
@@ -74,7 +75,7 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     """What the store is of, known before it is written."""
     args, shape = recipe.args, trainer.student_shape
     needs, fusion = trainer.bridge.teacher_needs(), args.fusion
-    form = {} if args.store.form == "raw" else {"num_layers": shape.num_layers, "kv_layers": []}
+    form = {} if form_of(args.store) == "raw" else {"num_layers": shape.num_layers, "kv_layers": []}
     teachers = {
         name: {
             **{k: v for k, v in teacher.describe().items() if k != "weight"},
@@ -86,7 +87,8 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
         for name, teacher in trainer.teachers.items()
     }  # fmt: skip
     return {
-        "format": 1, "form": args.store.form, "bits": args.store.bits, "rows_per_shard": args.store.rows_per_shard,
+        "format": FORMAT, "form": form_of(args.store), "bits": args.store.bits or BITS,
+        "rows_per_shard": args.store.rows_per_shard,
         "rows": len(trainer.train_dataset), "teachers": teachers, "alignment": asdict(args.alignment),
         "student": {
             "tokenizer": tokenizer_hash(trainer.processing_class), "chat": trainer.reader.chat,
@@ -95,6 +97,10 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
         "fusion": {"method": method_of(fusion), **asdict(fusion)},
         "weights": {name: teacher.weight for name, teacher in trainer.teachers.items()},
     }  # fmt: skip
+
+
+def form_of(store: StoreConfig) -> str:
+    return store.form or "aligned"
 
 
 def check_same(folder: Path, begun: dict[str, Any]) -> None:
@@ -117,7 +123,7 @@ def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, st
             rows[name] += found
             raw[name] += length
     for name, file in names.items():
-        write_shard(folder / file, rows[name], trainer.args.store.bits, raw[name])
+        write_shard(folder / file, rows[name], trainer.args.store.bits or BITS, raw[name])
 
 
 @torch.no_grad()
@@ -131,14 +137,14 @@ def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[s
         nll, entropy = (torch.stack([getattr(s, what) for s in said.values()]) for what in ("nll", "entropy"))
         shares = panel.shares(batch, nll, entropy)
     for number, (name, signal) in enumerate(said.items()):
-        if trainer.args.store.form == "raw":
+        if form_of(trainer.args.store) == "raw":
             states, weighs = signal.kv, signal.importance
         else:
             aligned = align(signal, bridge.layer_maps[name], batch["attention_mask"])
             states, weighs = aligned.kv, aligned.importance
         width = sum(x[0].shape[0] * x[0].shape[-1] for k, v in zip(signal.kv.keys, signal.kv.values) for x in (k, v))
         flat = {part: flattened(getattr(states, part)) for part in ("keys", "values")}
-        found, column = [], column_of(name, trainer.args.store.form)
+        found, column = [], column_of(name, form_of(trainer.args.store))
         for b, row in enumerate(rows):
             asked = shares is None or bool(shares[number, b] > 0)  # a row without a share is never asked for
             position = states.mask[b].nonzero()[:, 0] if asked else torch.zeros(0, dtype=torch.long)

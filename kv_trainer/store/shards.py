@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files import beside
 from .quantise import Parts, quantise, restore
 
-RECORD = "store.json"
+RECORD, FORMAT = "store.json", 2
 PARTS = ("keys", "values")
 FIGURES = ("raw_bytes", "errors", "squares", "left_out")
 
@@ -79,11 +79,14 @@ def _sha256(file: Any) -> str:  # Python 3.10
 def read_record(folder: Path) -> dict[str, Any]:
     """store.json. ValueError where there is none: nothing was precomputed, or not to its end."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {RECORD}: run kv-trainer precompute RECIPE, to its end.") from error
     except ValueError as error:
         raise ValueError(f"{folder / RECORD} is no JSON ({error}); delete it and run kv-trainer precompute.") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{folder} is of another version of kv_trainer; run kv-trainer precompute into a new folder.")
+    return record
 
 
 def damaged(folder: Path, record: Mapping[str, Any], whole: bool = False) -> list[str]:

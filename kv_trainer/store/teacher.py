@@ -110,6 +110,11 @@ def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
     return {key: getattr(data, key) for key in ours} | {"teacher_text": data.teacher_text.get(name)}
 
 
+def name_of(model: str) -> str:
+    """A model of the Hub by its whole name, one in a folder by the folder's own: stores move with their models."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+
+
 def open_teacher(
     name: str, given: TeacherConfig, args: MultiTeacherKVConfig, reader: Reader, layers: int,
     weights: Mapping[str, float],
@@ -122,6 +127,10 @@ def open_teacher(
     record = read_record(folder)
     if name not in record["teachers"]:
         raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
+    for key in ("bits", "form"):
+        asked = getattr(args.store, key)
+        if asked is not None and asked != record[key]:
+            raise ValueError(f"store.{key} is {asked}, but {folder} was made with {record[key]}; leave it out.")
     told = record["teachers"][name]
     if record["form"] == "raw":
         reader = Reader(load_tokenizer(given), given.chat)
@@ -129,15 +138,15 @@ def open_teacher(
         "alignment": asdict(args.alignment),
         "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
         "teachers": {name: {
-            "model": Path(str(given.model)).name, "revision": given.revision, "chat": given.chat,
-            "text": what_is_read(args.data, name), "random": given.random,
+            "model": name_of(str(given.model)), "revision": given.revision, "chat": given.chat,
+            "text": what_is_read(args.data, name), "random": args.seed if given.random else None,
         }},
     }  # fmt: skip
     saved = {
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
-            "model": Path(told["model"]).name, "revision": told["asked_revision"], "chat": told["chat"],
-            "text": told["text"], "random": told.get("random", False),
+            "model": told["model"], "revision": told["asked_revision"], "chat": told["chat"],
+            "text": told["text"], "random": told.get("random"),
         }},
     }  # fmt: skip
     if record["form"] == "raw":  # of any student; but the teacher must read what it read then

@@ -131,7 +131,7 @@ def test_every_shipped_experiment_resolves(path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(path.relative_to(ROOT))
     check_arms(experiment)
-    assert Path(path).read_text().startswith(f"# kv-trainer compare {path.relative_to(ROOT)}\n")
+    assert f"# kv-trainer compare {path.relative_to(ROOT)}\n" in Path(path).read_text()
 
 
 def test_the_main_study_has_the_arms_that_were_promised() -> None:

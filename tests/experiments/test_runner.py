@@ -125,3 +125,33 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
         pass
     with alone(folder):
         pass
+
+
+def test_a_run_as_long_as_another_took_once_is_refused_when_that_has_changed(folder: Path) -> None:
+    arms = "{ce: {}, timed: {like: ce, seconds_of: full}, full: {}}"
+    first = runner(arms)
+    assert not first.run(jobs(first))
+    record = json.loads((folder / "outputs" / folder.name / "e" / "full-1" / "arm.json").read_text())
+    record["clocks"]["wall"] = [6.0]
+    (folder / "outputs" / folder.name / "e" / "full-1" / "arm.json").write_text(json.dumps(record))
+    second = runner(arms)
+    failed = {job.folder.name: str(error) for job, error in second.run(jobs(second)).items()}
+    assert list(failed) == ["timed-1"] and "was given 30 steps; by the seconds" in failed["timed-1"]
+    assert "it would be 60 now" in failed["timed-1"]
+
+
+def test_what_others_need_is_compared_with_an_arm_that_is_there() -> None:
+    one = runner("{ce: {}, c: {}, b: {against: c}, t: {like: b, seconds_of: ce}}")
+    assert one.experiment.needed(["t"]) == ["ce", "c", "b", "t"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ("{ce: {set: {training.hub_token: hf_x}}}", "sets training.hub_token, which the report would show"),
+        ("{ce: {against: b}, b: {}}", "arms.ce.against .* has no effect"),
+    ],
+)
+def test_an_experiment_that_would_leak_or_ignore_is_refused(arms: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        runner(arms)
