@@ -84,22 +84,6 @@ def test_the_table_holds_every_loss_and_every_fusion() -> None:
     assert all(m.what and m.needs and m.source and m.switch for m in METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=named)
-def test_every_method_trains_for_two_steps(method: Method, folder: Path, tmp_path: Path) -> None:
-    own = method.section == "alignment.time.method" and method.name != "same_text"
-    trainer = build(folder, tmp_path, switch_of(method), OWN_TEXT if own else "")
-    before = state(trainer)
-    trainer.train()
-    logs = curve(trainer)
-    assert len(logs) >= 2 and all(math.isfinite(v) for log in logs for k, v in log.items() if k.startswith("loss"))
-    assert any(not torch.equal(a, b) for a, b in zip(before, state(trainer), strict=True))
-    if method.section == "losses":
-        assert logs[0][f"loss_{method.name}"] > 0
-    if method.section == "fusion.method":
-        shares = [logs[0]["share_sums"], logs[0]["share_words"]]
-        assert sum(shares) == pytest.approx(1, abs=1e-5) and "share_sums/words" in logs[0]
-
-
 ALREADY = {  # what the recipe has already, or what shows nothing within two steps of equal teacher weights
     ("alignment.tokens.method", "spans"), ("alignment.time.method", "same_text"), ("alignment.rope.keys", "before"),
     ("alignment.layers.method", "relative_depth"), ("fusion.method", "uniform"), ("fusion.method", "fixed"),
@@ -107,17 +91,38 @@ ALREADY = {  # what the recipe has already, or what shows nothing within two ste
     ("monitor.loss_scales_every", "1"),
 }  # fmt: skip
 UNSEEN = {"projector.method", "projector.direction", "losses.kv.metric", "accumulation"}
-DIFFERENT = [m for m in METHODS if (m.section, m.name) not in ALREADY and m.section not in UNSEEN]
 
 
-@pytest.mark.parametrize("method", DIFFERENT, ids=named)
-def test_every_method_changes_the_student(method: Method, folder: Path, tmp_path: Path) -> None:
-    """Against the same recipe with the method off: a switch that does nothing is found here."""
-    own = OWN_TEXT if method.section == "alignment.time.method" else ""
-    plain, switched = build(folder, tmp_path, (), own), build(folder, tmp_path, switch_of(method), own)
-    plain.train()
-    switched.train()
-    assert any(not torch.equal(a, b) for a, b in zip(state(plain), state(switched), strict=True))
+@pytest.fixture(scope="module")
+def without(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
+    """The student after the same two steps with every method off, by the texts of the teachers."""
+    found = {}
+    for data in ("", OWN_TEXT):
+        trainer = build(folder, tmp_path_factory.mktemp("plain"), (), data)
+        trainer.train()
+        found[data] = state(trainer)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+def test_every_method_trains_and_changes_the_student(
+    method: Method, folder: Path, tmp_path: Path, without: dict[str, list[torch.Tensor]]
+) -> None:
+    """For two steps, against the same recipe with the method off: a switch that does nothing is found here."""
+    own = OWN_TEXT if method.section == "alignment.time.method" and method.name != "same_text" else ""
+    trainer = build(folder, tmp_path, switch_of(method), own)
+    before = state(trainer)
+    trainer.train()
+    logs, after = curve(trainer), state(trainer)
+    assert len(logs) >= 2 and all(math.isfinite(v) for log in logs for k, v in log.items() if k.startswith("loss"))
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    if method.section == "losses":
+        assert logs[0][f"loss_{method.name}"] > 0
+    if method.section == "fusion.method":
+        shares = [logs[0]["share_sums"], logs[0]["share_words"]]
+        assert sum(shares) == pytest.approx(1, abs=1e-5) and "share_sums/words" in logs[0]
+    if (method.section, method.name) not in ALREADY and method.section not in UNSEEN:
+        assert any(not torch.equal(a, b) for a, b in zip(without[own], after, strict=True))
 
 
 # ---- off costs nothing
