@@ -124,6 +124,7 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
             if is_experiment(path):
                 from .experiments.compare import describe
 
+                refuse(overrides, "an experiment")
                 print(describe(path, options.quick))
                 continue
             recipe = load(path, overrides, options.quick)
@@ -159,8 +160,7 @@ def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def compare(options: argparse.Namespace, overrides: list[str]) -> int:
     """The runs of an experiment, and its report; the recipe's settings are in the file, for every arm."""
-    if overrides:
-        raise ValueError(f"compare takes no settings, but got {' '.join(overrides)}; put them under overrides or arms.")
+    refuse(overrides, "an experiment")
     from .experiments.compare import compare as run_compare
 
     try:
@@ -173,8 +173,7 @@ def compare(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def export(options: argparse.Namespace, overrides: list[str]) -> int:
     """Every file written, a line each, and how far its logits are off; no recipe is read."""
-    if overrides:
-        raise ValueError(f"export takes no settings, but got {' '.join(overrides)}.")
+    refuse(overrides, "export")
     from .export import export as run_export
 
     exported = run_export(options.model, options.format, options.output)
@@ -186,12 +185,18 @@ def export(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def methods(options: argparse.Namespace, overrides: list[str]) -> int:
     """The table of methods; no recipe is read."""
-    if overrides:
-        raise ValueError(f"methods takes no settings, but got {' '.join(overrides)}.")
+    refuse(overrides, "methods")
     from .report import print_methods
 
     print_methods(options.section)
     return 0
+
+
+def refuse(overrides: list[str], what: str) -> None:
+    """ValueError for settings where no recipe is read that they could change."""
+    if overrides:
+        hint = "; put them under overrides or arms in its file" if what == "an experiment" else ""
+        raise ValueError(f"{what} takes no settings, but got {' '.join(overrides)}{hint}.")
 
 
 def leave_together() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,8 @@ def evaluate_rows(
         ]  # fmt: skip
         asked = [i for i, row in enumerate(rows) if row.get("answer") not in (None, "")] if config.generate else []
         if asked:
-            texts = generate_texts(model, tokenizer, [rows[i]["prompt_ids"] for i in asked], config, progress)
+            prompts, numbers = [rows[i]["prompt_ids"] for i in asked], [found[i]["row"] for i in asked]
+            texts = generate_texts(model, tokenizer, prompts, config, progress, numbers)
             for i, text in zip(asked, texts, strict=True):
                 answer, pattern = rows[i]["answer"], config.answer_pattern
                 prediction, reference = extract_answer(text, pattern), reference_answer(answer, pattern)
@@ -134,8 +135,13 @@ def generate_texts(
     prompts: list[list[int]],
     config: EvaluationConfig,
     progress: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[str]:
-    """Each prompt's continuation, greedy or sampled, up to the end-of-text token or `config.max_new_tokens`."""
+    """Each prompt's continuation, greedy or sampled, up to the end-of-text token or `config.max_new_tokens`.
+
+    numbers: of the prompts' rows, by which they are sampled; default their places in the list.
+    """
+    numbers = range(len(prompts)) if numbers is None else numbers
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("A row has an answer but an empty prompt_ids; there is nothing to generate from.")
     texts = [""] * len(prompts)
@@ -143,7 +149,7 @@ def generate_texts(
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):
             ids, mask = _pad([prompts[i] for i in batch], _pad_id(tokenizer), "left", model.device)
             inputs = {"input_ids": ids, "attention_mask": mask}
-            drawn = decoding(config, batch, ids.shape[1])
+            drawn = decoding(config, [numbers[i] for i in batch], ids.shape[1])
             with torch.no_grad():
                 output: torch.Tensor = model.generate(**inputs, logits_processor=drawn)  # type: ignore[operator]
             # The padding behind an answer that ends early is special too.

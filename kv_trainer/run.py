@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
 from .models import load_tokenizer, same_tokenizer
 from .recipes import dump_recipe
+from .store.teacher import StoredTeacher
 from .trainer import MultiTeacherKVTrainer
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -55,6 +59,8 @@ def train(
     if main:
         write_text(folder / "recipe.yaml", asked)
     console = Console(quiet=not main)
+    if args.store.path and not any(isinstance(t, StoredTeacher) for t in trainer.teachers.values()):
+        logger.warning("store.path has no effect here: no teacher has source: store.")
     show_header(console, trainer)
     wanted = args.resume_from_checkpoint or resume
     checkpoint = trainer.find_checkpoint(wanted) if wanted else None

@@ -174,6 +174,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             with part("data"):
                 batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch; torch tells of the rest
+            if not self.args.dataloader_num_workers:
+                raise
             raise RuntimeError(f"A DataLoader worker exited unexpectedly while it sent a batch ({error}).") from error
         samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
         if self.args.world_size > 1:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kv_trainer.arguments import EvaluationConfig
-from kv_trainer.evaluation import evaluate_model, generate_texts
+from kv_trainer.evaluation import evaluate_model, evaluate_rows, generate_texts
 from kv_trainer.sampling import RowSampler, decoding
 
 
@@ -45,6 +45,15 @@ def test_a_seed_gives_the_same_answers_at_any_batch_size(model, tokenizer, promp
     assert generate_texts(model, tokenizer, prompts, EvaluationConfig(max_new_tokens=12)) != texts[0]
     first = generate_texts(model, tokenizer, prompts[:4], sampled(seed=3))
     assert first == texts[0][:4], "fewer rows change nothing for those that are left"
+
+
+def test_a_row_without_an_answer_changes_nothing_for_the_others(model, tokenizer, rows) -> None:
+    rows = [{**row, "row": i} for i, row in enumerate(rows)]
+    config = sampled(seed=3, answer_pattern="(?s)(.+)")
+    found = evaluate_rows(model, tokenizer, rows, config, progress=False)[1]
+    fewer = evaluate_rows(model, tokenizer, [{**rows[0], "answer": None}, *rows[1:]], config, progress=False)[1]
+    assert [row["prediction"] for row in fewer] == [None, *(row["prediction"] for row in found[1:])]
+    assert len({row["prediction"] for row in found}) > 1
 
 
 def test_equal_prompts_are_answered_apart(model, tokenizer, prompts) -> None:

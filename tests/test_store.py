@@ -218,6 +218,7 @@ def copied(home: Path, tmp_path: Path) -> list[str]:
         (["--losses.codi.weight", "1"], "has no hidden states, which this recipe needs"),
         (["--losses.logit_kd.weight", "1"], "has no logits, which this recipe needs"),
         (["--losses.kv_relation.attention", "teacher"], "has no importance, which this recipe needs"),
+        (["--teachers.fine.dtype", "float16"], "teachers.fine.loaded.dtype was .*, is \"float16\""),
         (["--store.bits", "8"], "store.bits is 8, but .*store was made with 16"),
         (["--store.form", "raw"], "store.form is raw, but .*store was made with aligned"),
         (["--teachers.deep", "null"], "weights.deep was 1.0, is not there"),

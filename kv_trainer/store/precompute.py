@@ -22,7 +22,7 @@ from ..manifest import differences, tokenizer_hash
 from ..run import build_trainer
 from ..trainer import MultiTeacherKVTrainer
 from .shards import FORMAT, RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
-from .teacher import column_of, what_is_read
+from .teacher import column_of, how_loaded, what_is_read
 
 BITS = 8
 BEGUN = "begun.json"  # what a store is being made of, until store.json is written
@@ -80,7 +80,7 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
         name: {
             **{k: v for k, v in teacher.describe().items() if k != "weight"},
             "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
-            "text": what_is_read(args.data, name),
+            "text": what_is_read(args.data, name), "loaded": how_loaded(recipe.teachers[name]),
             "shape": {**asdict(teacher.shape), **form, "aligned": False},
             "scores": len(trainer.teachers) > 1, "importance": needs.importance,
         }

@@ -110,6 +110,11 @@ def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
     return {key: getattr(data, key) for key in ours} | {"teacher_text": data.teacher_text.get(name)}
 
 
+def how_loaded(given: TeacherConfig) -> dict[str, Any]:
+    """The settings that decide with which precision a teacher's weights are what they are."""
+    return {"dtype": given.dtype, "quantization": given.quantization}
+
+
 def name_of(model: str) -> str:
     """A model of the Hub by its whole name, one in a folder by the folder's own: stores move with their models."""
     return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
@@ -139,14 +144,15 @@ def open_teacher(
         "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
         "teachers": {name: {
             "model": name_of(str(given.model)), "revision": given.revision, "chat": given.chat,
-            "text": what_is_read(args.data, name), "random": args.seed if given.random else None,
+            "text": what_is_read(args.data, name), "loaded": how_loaded(given),
+            "random": args.seed if given.random else None,
         }},
     }  # fmt: skip
     saved = {
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
             "model": told["model"], "revision": told["asked_revision"], "chat": told["chat"],
-            "text": told["text"], "random": told.get("random"),
+            "text": told["text"], "loaded": told.get("loaded"), "random": told.get("random"),
         }},
     }  # fmt: skip
     if record["form"] == "raw":  # of any student; but the teacher must read what it read then

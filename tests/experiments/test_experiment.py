@@ -126,6 +126,13 @@ def test_compare_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no seed of which every begun arm" in capsys.readouterr().err
 
 
+def test_settings_are_not_for_experiments(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(QUICKSTART / "experiment.yaml")
+    for command in (["validate", path], ["compare", path]):
+        assert main([*command, "--training.seed", "2"]) == 2
+        assert "an experiment takes no settings, but got --training.seed 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted(QUICKSTART.glob("experiment*.yaml")) + sorted(QUICKSTART.glob("*/*.yaml")))
 def test_every_shipped_experiment_resolves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
