@@ -202,13 +202,17 @@ class KVBridge(nn.Module):
         return float(self.balance.of(name)) * self.losses[name].weight_at(progress)
 
     @torch.no_grad()
-    def align(self, name: str, signal: TeacherSignal, mask: Tensor) -> AlignedTeacher:
-        """One teacher at the student's layers and positions. mask: [B, T] of the student."""
+    def align(
+        self, name: str, signal: TeacherSignal, mask: Tensor, answers: Tensor | None = None
+    ) -> AlignedTeacher:
+        """One teacher at the student's layers and positions. mask: [B, T] of the student; answers: see `align`."""
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
         how = self.control.shuffle
         positions = other_positions(mask, self.seed, self.step) if how == "positions" else None
         with part("alignment"):
-            found = align(signal, self.layer_maps[name], mask, kv=wanted, shuffle=how == "rows", positions=positions)
+            found = align(
+                signal, self.layer_maps[name], mask, wanted, how == "rows", positions=positions, answers=answers
+            )
             return replace(found, kv=self.turn(found.kv, mask))
 
     def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:
@@ -235,7 +239,7 @@ class KVBridge(nn.Module):
         )  # fmt: skip
         if given.signals:
             aligned = {
-                n: s if isinstance(s, AlignedTeacher) else self.align(n, s, given.attention_mask)
+                n: s if isinstance(s, AlignedTeacher) else self.align(n, s, given.attention_mask, given.answer_positions)
                 for n, s in given.signals.items()
             }
             inputs.teachers = {n: a.kv for n, a in aligned.items()}

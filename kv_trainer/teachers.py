@@ -34,7 +34,8 @@ class TeacherNeeds:
     scores: likelihood and entropy of each sample, which needs the head. final: the last hidden states.
     queries: with the keys, for attention. importance: of each position. hidden: outputs of the layers.
     mass: attention by layer and head, for the selection of R-KV.
-    reduce: name, signal and the student's mask [B, T] -> what is kept of the signal before the next teacher runs.
+    reduce: name, signal, the student's mask [B, T] and answer positions [B] (or None) -> what is kept of the signal
+    before the next teacher runs.
     """
 
     scores: bool = False
@@ -43,7 +44,7 @@ class TeacherNeeds:
     importance: bool = False
     hidden: bool = False
     mass: bool = False
-    reduce: Callable[[str, TeacherSignal, Tensor], AlignedTeacher] | None = None
+    reduce: Callable[[str, TeacherSignal, Tensor, Tensor | None], AlignedTeacher] | None = None
 
 
 class Teacher:
@@ -265,7 +266,9 @@ class TeacherPanel:
 
     def _reduced(self, name: str, signal: TeacherSignal, batch: Mapping[str, Any]) -> TeacherSignal | AlignedTeacher:
         reduce = self.teachers[name].needs.reduce
-        return signal if reduce is None else reduce(name, signal, batch["attention_mask"])
+        if reduce is None:
+            return signal
+        return reduce(name, signal, batch["attention_mask"], batch.get("answer_position"))
 
     def shares(self, batch: Mapping[str, Any], nll: Tensor | None, entropy: Tensor | None) -> Tensor:
         """[M, B] of a fusion that is `remembered`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -18,7 +18,7 @@ RotatedPair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AlignedTeacher:
-    """kv: [B, Ht, T, Dt] a student layer, mask [B, T]; hidden: L + 1 of [B, T, Ct]; importance [B, T]; last [B, T, Ct];
+    """kv: [B, Ht, T, Dt] a student layer, mask [B, T]; hidden: L + 1 of [B, Ct]; importance [B, T]; last [B, T, Ct];
     attention: per student layer queries (scaled) and keys after RoPE. nll, entropy: the signal's, never shuffled."""
 
     kv: KVStates
@@ -32,24 +32,37 @@ class AlignedTeacher:
 
 def align(
     signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, shuffle: bool = False,
-    positions: Tensor | None = None,
+    positions: Tensor | None = None, answers: Tensor | None = None,
 ) -> AlignedTeacher:  # fmt: skip
     """mask: [B, T] of the student. kv: whether keys and values themselves are wanted, or only their mask.
 
     shuffle: every sample gets what belongs to the one before it in the batch; for the control. positions:
     [B, T], for the other control: every student position gets what belongs to this one of its sample.
+    answers: [B], the one position of each sample where hidden states are wanted; None: nowhere.
     """
     rows, samples = signal.rows, len(mask)
     index = signal.index if rows is None else signal.index[rows]
 
-    def whole(x: Tensor) -> Tensor:
+    def batch(x: Tensor) -> Tensor:
         """Some samples [b, ...] as a whole batch [B, ...], zero in the others."""
         x = x if rows is None else x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
-        x = x.roll(1, 0) if shuffle else x
+        return x.roll(1, 0) if shuffle else x
+
+    def whole(x: Tensor) -> Tensor:
+        x = batch(x)
         return x if positions is None else moved(x, positions)
 
     def place(x: Tensor) -> Tensor:
         return whole(time_resample(x, index))
+
+    def hidden(answers: Tensor) -> tuple[Tensor, ...]:
+        """Of the one position alone: all others would be resampled in every layer, and looked at by nobody."""
+        at = answers.clamp_min(0)[:, None] if positions is None else positions.gather(1, answers.clamp_min(0)[:, None])
+        at = at.roll(-1, 0) if shuffle else at
+        at = signal.index.gather(1, at)
+        at = at if rows is None else at[rows]
+        assert signal.kv.hidden is not None
+        return mapped_hidden([batch(time_resample(x, at))[:, 0] for x in signal.kv.hidden], signal.kv.layers, layers)
 
     states = signal.kv if kv else replace(signal.kv, keys=(), values=(), layers=())
     states = replace(states, queries=None, attention=None, hidden=None)
@@ -61,7 +74,7 @@ def align(
     own = mapped.mask & (mask if rows is None else mask[rows])
     return AlignedTeacher(
         mapped.map(whole, mask=whole(own) & mask),
-        hidden=tuple(map(place, mapped_hidden(signal.kv, layers))) if signal.kv.hidden is not None else None,
+        hidden=hidden(answers) if signal.kv.hidden is not None and answers is not None else None,
         importance=None if signal.importance is None else place(signal.importance[..., None])[..., 0],
         last=None if signal.last is None else place(signal.last),
         attention=rotated_pairs(signal.kv, layers, place) if signal.kv.queries is not None else None,
@@ -96,16 +109,15 @@ def take_selected(states: KVStates, signal: TeacherSignal, layers: LayerMap, ind
     return replace(states, keys=tuple(keys), values=tuple(values), mask=plain | kept)
 
 
-def mapped_hidden(states: KVStates, layers: LayerMap) -> list[Tensor]:
-    """The embeddings, then one tensor a student layer, as LayerMap mixes them."""
-    assert states.hidden is not None
-    embeddings, *outputs = states.hidden
-    at = {layer: x for layer, x in zip(states.layers, outputs, strict=True)}
+def mapped_hidden(hidden: Sequence[Tensor], captured: Sequence[int], layers: LayerMap) -> tuple[Tensor, ...]:
+    """The embeddings, then one tensor a student layer, as LayerMap mixes those after the captured layers."""
+    embeddings, *outputs = hidden
+    at = dict(zip(captured, outputs, strict=True))
     mixed = [
         at[lo].lerp(at[hi], f) if f else at[lo]
         for lo, hi, f in zip(layers.lower, layers.upper, layers.fraction, strict=True)
     ]
-    return [embeddings, *mixed]
+    return (embeddings, *mixed)
 
 
 def rotated_pairs(

@@ -30,7 +30,7 @@ class LossInputs:
     projectors: name -> the teacher's trainable maps; empty where no loss needs them.
     step, progress: optimizer steps done, and their share of the run (0 to 1).
     student_hidden: L + 1 tensors [B, T, C] with gradient: the embeddings, then the output of every student layer.
-    teacher_hidden: name -> as many tensors [B, T, Ct], at the student's layers and positions, mask teachers[name].mask.
+    teacher_hidden: name -> as many tensors [B, Ct], at the student's layers and answer positions.
     hidden_projectors: name -> L + 1 trainable maps from the student's width to the teacher's (identity where equal).
     answer_positions: [B] long, the position whose logits predict the first token of the answer, -1 where unknown.
     teacher_logits: name -> what the teacher predicts after each student position.

@@ -26,7 +26,7 @@ class CODILoss(DistillationLoss):
     as in the authors' code, would make a step depend on how it is cut into micro-batches. Teachers are averaged with
     their fusion weights. A sample without an answer, or whose position there is not aligned, adds nothing.
 
-    Shapes: hidden [B, T, C] student, [B, T, Ct] a teacher, L + 1 each; answer_positions [B]. Returns a scalar.
+    Shapes: hidden [B, T, C] student, [B, Ct] a teacher, L + 1 each; answer_positions [B]. Returns a scalar.
     Needs: student_hidden, teacher_hidden, hidden_projectors, answer_positions.
     Source: CODI, arXiv 2502.21074.
     """
@@ -50,7 +50,7 @@ class CODILoss(DistillationLoss):
             terms = []
             layers = zip(inputs.hidden_projectors[name], ours, inputs.teacher_hidden[name], strict=True)
             for projector, student, hidden in layers:
-                target = at(hidden, position).detach()
+                target = hidden.detach().float()
                 sigma = target.std(1, correction=0).clamp_min(1e-3)
                 terms.append(F.smooth_l1_loss(projector(student).float(), target, reduction="none").mean(1) / sigma)
             total = total + torch.where(aligned, (weight * torch.stack(terms)).mean(0), 0)

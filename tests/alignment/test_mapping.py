@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kv_trainer.alignment.layers import LayerMap
 from kv_trainer.alignment.mapping import AlignedTeacher, align, nearer, rotated_pairs
+from kv_trainer.alignment.shuffle import moved
 from kv_trainer.alignment.time import rkv_select
 from kv_trainer.losses import KVRelationLoss
 from kv_trainer.types import AttentionForm, KVStates, TeacherSignal
@@ -22,6 +23,7 @@ SAMPLES, OURS, THEIRS, HEADS, WIDTH = 3, 6, 8, 2, 4
 CAPTURED = (1, 3, 4)  # of a teacher of five layers
 LAYERS = LayerMap((1, 3), (3, 4), (0.0, 0.75))  # its layer 1, and three quarters of the way from 3 to 4
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
+ANSWERS = torch.tensor([3, -1, 4])
 
 
 def turn(x: Tensor) -> Tensor:
@@ -94,9 +96,14 @@ def naive(given: TeacherSignal, index: Tensor) -> AlignedTeacher:
         pairs.append((placed(queries, index), placed(keys, index)))
     states = KVStates(*(tuple(placed(x, index) for x in mixed(y)) for y in (kv.keys, kv.values)), mask, (0, 1), 2)
     return AlignedTeacher(
-        states, tuple(placed(x, index) for x in (kv.hidden[0], *mixed(kv.hidden[1:]))),
+        states, tuple(at_answers(placed(x, index)) for x in (kv.hidden[0], *mixed(kv.hidden[1:]))),
         placed(given.importance[..., None], index)[..., 0], placed(given.last, index), tuple(pairs),
     )  # fmt: skip
+
+
+def at_answers(x: Tensor) -> Tensor:
+    """x [B, T, C] at the answers, and at the first position of a sample without one."""
+    return torch.stack([row[max(a, 0)] for row, a in zip(x, ANSWERS.tolist(), strict=True)])
 
 
 def tensors(found: AlignedTeacher) -> dict[str, Tensor]:
@@ -118,7 +125,7 @@ def assert_same(found: AlignedTeacher, expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("positions", [spans, between])
 def test_equals_the_loop(positions) -> None:
     given = signal(positions())
-    found = align(given, LAYERS, MASK)
+    found = align(given, LAYERS, MASK, answers=ANSWERS)
     assert_same(found, tensors(naive(given, positions())))
     assert torch.equal(found.nll, given.nll) and torch.equal(found.entropy, given.entropy)
     assert found.kv.layers == (0, 1) and found.kv.queries is None and found.kv.hidden is None
@@ -127,11 +134,11 @@ def test_equals_the_loop(positions) -> None:
 @pytest.mark.parametrize("positions", [spans, between])
 @pytest.mark.parametrize("rows", [[2], [0, 2], [1]])
 def test_some_rows_are_those_of_the_whole_batch_and_the_rest_is_nothing(positions, rows: list[int]) -> None:
-    whole = tensors(align(signal(positions()), LAYERS, MASK))
+    whole = tensors(align(signal(positions()), LAYERS, MASK, answers=ANSWERS))
     expected = {name: torch.zeros_like(x) for name, x in whole.items()}
     for name, x in whole.items():
         expected[name][rows] = x[rows]
-    found = align(signal(positions(), rows), LAYERS, MASK)
+    found = align(signal(positions(), rows), LAYERS, MASK, answers=ANSWERS)
     assert_same(found, expected)
     assert torch.equal(found.nll, torch.arange(SAMPLES) + 1.0), "scores are of all samples"
 
@@ -140,11 +147,24 @@ def test_some_rows_are_those_of_the_whole_batch_and_the_rest_is_nothing(position
 def test_shuffled_rows_are_those_of_the_sample_before(rows: list[int] | None) -> None:
     """A position counts where it does in both samples; scores are left to the bridge."""
     given = signal(spans(), rows)
-    expected = {name: x.roll(1, 0) for name, x in tensors(align(given, LAYERS, MASK)).items()}
+    expected = {name: x.roll(1, 0) for name, x in tensors(align(given, LAYERS, MASK, answers=ANSWERS)).items()}
     expected["mask"] &= MASK.bool()
-    found = align(given, LAYERS, MASK, shuffle=True)
+    states = signal(spans()).kv.hidden
+    theirs = [placed(x, spans()) for x in (states[0], *mixed(states[1:]))]
+    for x in theirs if rows else ():
+        x[1] = 0
+    expected |= {f"hidden {i}": at_answers(x.roll(1, 0)) for i, x in enumerate(theirs)}
+    found = align(given, LAYERS, MASK, shuffle=True, answers=ANSWERS)
     assert_same(found, expected)
     assert torch.equal(found.nll, given.nll) and torch.equal(found.entropy, given.entropy)
+
+
+def test_at_other_positions_the_answer_too_is_another() -> None:
+    """The hidden states go with the keys and values of the position that is looked at."""
+    given, moves = signal(spans()), torch.tensor([[1, 2, 0, 5, 3, 4], [1, 0, 3, 2, 4, 5], [0, 5, 1, 2, 3, 4]])
+    found = align(given, LAYERS, MASK, positions=moves, answers=ANSWERS)
+    for x, state in zip(found.hidden, (given.kv.hidden[0], *mixed(given.kv.hidden[1:])), strict=True):
+        torch.testing.assert_close(x, at_answers(moved(placed(state, spans()), moves)))
 
 
 def test_without_keys_and_values_the_mask_and_the_rest_stay() -> None:

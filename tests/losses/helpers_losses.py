@@ -99,7 +99,7 @@ def add_hidden(inputs: LossInputs, generator: torch.Generator) -> LossInputs:
     for i, (name, teacher) in enumerate(inputs.teachers.items()):
         teacher.mask[0, inputs.answer_positions[0]] = True
         width = 6 if i % 2 == 0 else 5
-        inputs.teacher_hidden[name] = tuple(draw(samples, length, width) for _ in range(layers + 1))
+        inputs.teacher_hidden[name] = tuple(draw(samples, width) for _ in range(layers + 1))
         maps = [nn.Identity() if width == 6 else nn.Linear(6, width) for _ in range(layers + 1)]
         for parameter in (p for module in maps for p in module.parameters()):
             parameter.data = torch.randn(parameter.shape, generator=generator) / 6**0.5
@@ -164,6 +164,13 @@ def unchanged(x: Tensor, axis: int) -> Tensor:
     return x
 
 
+def map_answers(inputs: LossInputs, theirs: Callable[[str, Tensor], Tensor]) -> LossInputs:
+    """The same inputs with a function, told the name, on what each teacher holds at the answers."""
+    return replace(
+        inputs, teacher_hidden={n: tuple(theirs(n, x) for x in h) for n, h in inputs.teacher_hidden.items()}
+    )
+
+
 def map_states(inputs: LossInputs, ours: Change, theirs: Callable[[str], Change]) -> LossInputs:
     """The same inputs with a function on all that the student says, and one for each teacher; masks stay."""
 
@@ -176,7 +183,6 @@ def map_states(inputs: LossInputs, ours: Change, theirs: Callable[[str], Change]
         student=inputs.student.map(lambda x: ours(x, 2)),
         student_hidden=tuple(ours(x, 1) for x in inputs.student_hidden),
         teachers={n: t.map(lambda x, n=n: theirs(n)(x, 2)) for n, t in inputs.teachers.items()},
-        teacher_hidden={n: tuple(theirs(n)(x, 1) for x in h) for n, h in inputs.teacher_hidden.items()},
         teacher_logits={n: replace(t, hidden=theirs(n)(t.hidden, 1)) for n, t in inputs.teacher_logits.items()},
         attention={n: heads(a, ours if n == "student" else theirs(n)) for n, a in inputs.attention.items()},
     )
@@ -195,6 +201,7 @@ def map_inputs(inputs: LossInputs, along_samples: Callable[[Tensor], Tensor], **
     """The same inputs with a function applied to every tensor whose first axis is samples."""
     by_sample = along_samples
     mapped = map_masks(map_states(inputs, lambda x, _: by_sample(x), lambda _: lambda x, _: by_sample(x)), by_sample)
+    mapped = map_answers(mapped, lambda _, x: by_sample(x))
     return replace(
         mapped,
         labels=by_sample(inputs.labels),
@@ -232,9 +239,14 @@ def scramble_masked(inputs: LossInputs, factor: float) -> LossInputs:
             mask.view(len(mask), *(1,) * (axis - 1), -1, *(1,) * (x.dim() - axis - 1)), x, factor * torch.randn_like(x)
         )
 
-    return map_states(inputs, unchanged, scrambled)
+    def scrambled_answers(name: str, x: Tensor) -> Tensor:
+        heard = inputs.teachers[name].mask.gather(1, inputs.answer_positions.clamp_min(0)[:, None])
+        return torch.where(heard, x, factor * torch.randn_like(x))
+
+    return map_answers(map_states(inputs, unchanged, scrambled), scrambled_answers)
 
 
 def half(inputs: LossInputs) -> LossInputs:
     """The same batch as a bfloat16 model would give it."""
-    return map_states(inputs, lambda x, _: x.bfloat16(), lambda _: lambda x, _: x.bfloat16())
+    whole = map_states(inputs, lambda x, _: x.bfloat16(), lambda _: lambda x, _: x.bfloat16())
+    return map_answers(whole, lambda _, x: x.bfloat16())

@@ -19,7 +19,7 @@ def naive(inputs: LossInputs) -> Tensor:
             if a < 0 or not teacher.mask[b, a]:
                 continue
             for layer, hidden in enumerate(inputs.student_hidden):
-                target = inputs.teacher_hidden[name][layer][b, a].double()
+                target = inputs.teacher_hidden[name][layer][b].double()
                 difference = (inputs.hidden_projectors[name][layer](hidden[b, a]).double() - target).abs()
                 smooth = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean()
                 sigma = (target - target.mean()).square().mean().sqrt()
@@ -52,7 +52,9 @@ def test_only_the_answer_position_learns() -> None:
 
 def test_an_equal_student_costs_nothing() -> None:
     inputs = random_inputs(teachers=((3, 4),))
-    inputs.student_hidden = inputs.teacher_hidden["t0"]
+    at = torch.arange(3)[:, None] == torch.arange(inputs.labels.shape[1])
+    inputs.answer_positions = torch.arange(3)
+    inputs.student_hidden = tuple(torch.where(at[..., None], x[:, None], 9.0) for x in inputs.teacher_hidden["t0"])
     assert CODILoss()(inputs) == 0
 
 
