@@ -43,6 +43,7 @@ SIZES = {
     "tiny": (64, 176, 2, 4), "small": (256, 688, 4, 4), "medium": (512, 1408, 8, 8), "large": (640, 1728, 12, 10),
     "0.5B": (896, 4864, 24, 14), "1.5B": (1536, 8960, 28, 12),
 }  # fmt: skip
+LARGER = {"tiny": "small", "small": "medium", "medium": "large", "0.5B": "1.5B"}
 
 
 def build(
@@ -266,6 +267,15 @@ def parser(about: str | None, **defaults: int) -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
     found.add_argument("--json", type=Path)
     return found
+
+
+def sized(found: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with --size of the student; its teachers are the next LARGER."""
+    found.add_argument("--size", choices=LARGER, default="medium")
+    options = found.parse_args()
+    if options.quick:
+        options.size, options.length, options.repeats, options.steps = "tiny", 64, 2, 1
+    return options
 
 
 def save(path: Path | None, rows: Sequence[Mapping[str, Any]], device: str = "cpu", **more: Any) -> None:

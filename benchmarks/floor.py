@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from common import (
+    LARGER,
     backbones,
     build,
     interleaved,
@@ -23,6 +24,7 @@ from common import (
     plain_trainer,
     row,
     save,
+    sized,
     stepper,
     text_rows,
     tokenizer,
@@ -32,11 +34,10 @@ from kv_trainer.fusion import Confidence, Uniform
 from kv_trainer.losses import CKALoss, CODILoss, CrossEntropy, KVRelationLoss
 
 VOCABULARY = 8192
-LARGER = {"tiny": "small", "small": "medium", "medium": "large", "0.5B": "1.5B"}
 
 
 def main() -> None:
-    options = parse()
+    options = sized(parser(__doc__, length=256, batch=4, steps=2))
     torch.set_num_threads(options.threads)
     reads, others = tokenizer(600), {"qwen2": tokenizer(450), "llama": tokenizer(900)}
     rows = text_rows(4 * options.batch, options.length, reads)
@@ -72,15 +73,6 @@ def main() -> None:
     about = f"{options.size} student, batch {options.batch} x {options.length}"
     found = [row(name, over(taken[name], floor), about) for name in steps]
     save(options.json, found, options.device, seconds=taken)
-
-
-def parse():
-    found = parser(__doc__, length=256, batch=4, steps=2)
-    found.add_argument("--size", choices=LARGER, default="medium")
-    options = found.parse_args()
-    if options.quick:
-        options.size, options.length, options.repeats, options.steps = "tiny", 64, 2, 1
-    return options
 
 
 if __name__ == "__main__":

@@ -14,8 +14,21 @@ from typing import Any
 
 import torch
 import yaml
-from common import build, interleaved, over, parser, plain_trainer, row, save, stepper, text_rows, tokenizer
-from floor import LARGER, VOCABULARY
+from common import (
+    LARGER,
+    build,
+    interleaved,
+    over,
+    parser,
+    plain_trainer,
+    row,
+    save,
+    sized,
+    stepper,
+    text_rows,
+    tokenizer,
+)
+from floor import VOCABULARY
 
 from kv_trainer.recipes import load_recipe
 from kv_trainer.run import build_trainer
@@ -48,7 +61,7 @@ def write_recipe(folder: Path, options: Any) -> Path:
 
 
 def main() -> None:
-    options = parse()
+    options = sized(parser(__doc__, length=256, batch=4, bits=8, steps=2))
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -64,15 +77,6 @@ def main() -> None:
         row("stored_step_over_sft", over(taken["stored"], taken["plain"]), about),
         row("stored_step_over_live", over(taken["stored"], taken["live"]), about),
     ], options.device, seconds=taken)  # fmt: skip
-
-
-def parse() -> Any:
-    found = parser(__doc__, length=256, batch=4, bits=8, steps=2)
-    found.add_argument("--size", choices=LARGER, default="medium")
-    options = found.parse_args()
-    if options.quick:
-        options.size, options.length, options.repeats, options.steps = "tiny", 64, 2, 1
-    return options
 
 
 if __name__ == "__main__":

@@ -239,7 +239,9 @@ class KVBridge(nn.Module):
         )  # fmt: skip
         if given.signals:
             aligned = {
-                n: s if isinstance(s, AlignedTeacher) else self.align(n, s, given.attention_mask, given.answer_positions)
+                n: s
+                if isinstance(s, AlignedTeacher)
+                else self.align(n, s, given.attention_mask, given.answer_positions)
                 for n, s in given.signals.items()
             }
             inputs.teachers = {n: a.kv for n, a in aligned.items()}

@@ -1,20 +1,15 @@
-"""The commands of kv-trainer: one function a subcommand; heavy imports wait until one is chosen."""
+"""The command line of kv-trainer: subcommands, options, examples, and settings of the recipe among them."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from .commands import compare, complain, diagnose, evaluate, export, methods, precompute, train, validate
 from .recipe_tree import SECTIONS
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .arguments import Recipe
 
 OVERRIDE = "Any setting of the recipe can be overridden: --section.key value, --section.key=value, --section null."
 OVERRIDDEN = re.compile(rf"--(\w[^=]*\.|({'|'.join(SECTIONS)})(=|$))")
@@ -93,152 +88,6 @@ METHODS = """examples:
 """
 
 
-def train(options: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load(options.recipe, overrides, options.quick)
-    from .callbacks import ProfileSteps
-    from .run import train as run_train
-
-    watch = (lambda trainer: trainer.add_callback(ProfileSteps)) if options.profile else None
-    run_train(recipe, resume=options.resume, watch=watch)
-    leave_together()
-    return 0
-
-
-def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load(options.recipe, overrides)
-    from .run import evaluate as run_evaluate
-
-    run_evaluate(options.model, recipe, options.predictions)
-    return 0
-
-
-def validate(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Check every recipe, also after one has failed: an `ok` line or an error each."""
-    from .checks import ignored
-    from .experiments.experiment import is_experiment
-    from .model_checks import check_models
-
-    failed = False
-    for path in options.recipes:
-        try:
-            if is_experiment(path):
-                from .experiments.compare import describe
-
-                refuse(overrides, "an experiment")
-                print(describe(path, options.quick))
-                continue
-            recipe = load(path, overrides, options.quick)
-            for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
-                print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
-            check_models(recipe)
-        except (ValueError, OSError) as error:
-            if options.traceback:
-                raise
-            complain(error)
-            failed = True
-        else:
-            print(summary(recipe))
-    return 2 if failed else 0
-
-
-def precompute(options: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load(options.recipe, overrides)
-    from .store.precompute import precompute as run_precompute
-
-    run_precompute(recipe, options.repair)
-    leave_together()
-    return 0
-
-
-def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load(options.recipe, overrides)
-    from .experiments.diagnose import diagnose as run_diagnose
-
-    run_diagnose(recipe, options.samples, options.write)
-    return 0
-
-
-def compare(options: argparse.Namespace, overrides: list[str]) -> int:
-    """The runs of an experiment, and its report; the recipe's settings are in the file, for every arm."""
-    refuse(overrides, "an experiment")
-    from .experiments.compare import compare as run_compare
-
-    try:
-        run_compare(options.experiment, options.quick, options.arms, options.seeds, options.report_only)
-    except KeyboardInterrupt:
-        print("kv-trainer: stopped; the same command goes on with what is not finished", file=sys.stderr)
-        return 130
-    return 0
-
-
-def export(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Every file written, a line each, and how far its logits are off; no recipe is read."""
-    refuse(overrides, "export")
-    from .export import export as run_export
-
-    exported = run_export(options.model, options.format, options.output)
-    for path in exported.files:
-        print(path)
-    print(f"largest difference of a logit: {exported.difference:.2g}")
-    return 0
-
-
-def methods(options: argparse.Namespace, overrides: list[str]) -> int:
-    """The table of methods; no recipe is read."""
-    refuse(overrides, "methods")
-    from .report import print_methods
-
-    print_methods(options.section)
-    return 0
-
-
-def refuse(overrides: list[str], what: str) -> None:
-    """ValueError for settings where no recipe is read that they could change."""
-    if overrides:
-        hint = "; put them under overrides or arms in its file" if what == "an experiment" else ""
-        raise ValueError(f"{what} takes no settings, but got {' '.join(overrides)}{hint}.")
-
-
-def leave_together() -> None:
-    """A rank that exits while another still talks to it would make that one fail at the very end."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def load(path: str, overrides: list[str], quick: bool = False) -> Recipe:
-    """load_recipe, its warnings as one line each on stderr; a line of its own for a quick run."""
-    from .recipes import load_recipe
-
-    with warnings.catch_warnings(record=True) as caught:
-        for category in (UserWarning, FutureWarning):  # ours, and what transformers calls deprecated
-            warnings.simplefilter("default", category)
-        recipe = load_recipe(path, overrides, quick)
-    for warning in caught:
-        print(f"kv-trainer: warning: {path}: {warning.message}", file=sys.stderr)
-    if quick and os.environ.get("RANK", "0") == "0":
-        print(describe_quick(recipe))
-    return recipe
-
-
-def describe_quick(recipe: Recipe) -> str:
-    args, data = recipe.args, recipe.args.data
-    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    rows = [f"{data.max_train_samples or 'all'} rows to train on"]
-    rows += [f"{data.max_eval_samples or 'all'} to evaluate on"] if data.eval_split else []
-    saved = "no checkpoints" if args.save_strategy == "no" else "checkpoints"
-    return f"quick run of {recipe.path}: {length}, {', '.join(rows)}, {saved}, in {args.output_dir}"
-
-
-def summary(recipe: Recipe) -> str:
-    teachers = [f"{name} ({teacher.model})" for name, teacher in recipe.teachers.items()]
-    losses = [f"{name} x {loss.described_weight}" for name, loss in recipe.args.losses.items()]
-    student = recipe.student.model or f"{recipe.student.config} (random weights)"
-    return f"ok {recipe.path}: student {student}; teachers {', '.join(teachers) or 'none'}; losses {', '.join(losses)}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kv-trainer", description="Distil several teachers' keys and values.")
     parser.add_argument("--version", action="version", version=f"kv-trainer {__version__}")
@@ -308,10 +157,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in argument and rest and not re.match(r"--[A-Za-z]", rest[0]):
             overrides.append(rest.pop(0))
     return plain, overrides
-
-
-def complain(error: Exception) -> None:
-    print(f"kv-trainer: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

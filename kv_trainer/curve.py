@@ -38,7 +38,7 @@ def draw_curve(metrics: Path, target: Path, title: str) -> Path | None:
         right.plot(steps, rates, color=PALETTE[0], linewidth=1.8)
         right.set_ylim(bottom=0)
         right.yaxis.set_major_formatter(PLAIN)
-        _dress(right, "learning rate")
+        dress(right, "learning rate", "step")
     with beside(target) as temporary:
         figure.savefig(temporary, format="png")
     return target
@@ -62,7 +62,7 @@ def _draw_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) / min(values) < 1000 else (1,)))
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter("")
-    _dress(axes, "loss terms (unweighted) and their weighted total")
+    dress(axes, "loss terms (unweighted) and their weighted total", "step")
     _legend(axes, axes.get_legend_handles_labels()[0])
 
 
@@ -84,16 +84,17 @@ def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
         lower.tick_params(axis="y", colors=PALETTE[0], labelsize=9, length=0)
     style: dict[str, Any] = {"marker": "s", "markersize": 3.5, "linestyle": (0, (2, 2)), "linewidth": 1.2}
     handles += lower.plot(steps, perplexity, color=PALETTE[0], label="perplexity", **style)
-    _dress(axes, "exact answers (left) and perplexity (right)" if names else "perplexity")
+    dress(axes, "exact answers (left) and perplexity (right)" if names else "perplexity", "step")
     if names:
         for side in lower.spines.values():
             side.set_visible(False)
         _legend(axes, handles, letters=60)
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str, across: str = "") -> None:
+    """The plain look of all panels. across: what their x axis counts."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.set_xlabel(across, fontsize=9, color=INK)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9, colors=INK, length=0, which="both")

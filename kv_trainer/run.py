@@ -127,3 +127,12 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
         write_predictions(predictions, found)
     report.print_results(Console(), results, None, model)
     return results
+
+
+def leave_together() -> None:
+    """A rank that exits while another still talks to it would make that one fail at the very end."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

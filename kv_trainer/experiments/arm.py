@@ -20,13 +20,12 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..arguments import Recipe
-from ..cli import leave_together
 from ..facts import hardware
 from ..files import write_text
 from ..losses import CrossEntropy
 from ..manifest import differences, last_whole
 from ..recipes import dump_recipe, load_recipe
-from ..run import train
+from ..run import leave_together, train
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
 from .jobs import RECORD

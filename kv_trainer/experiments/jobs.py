@@ -37,11 +37,11 @@ class Job:
         arm = self.experiment.arms[self.arm]
         return [(str(other), self.seed) for other in (arm.like, arm.seconds_of)] if arm.seconds_of else []
 
-    def overrides(self, max_steps: int | None = None) -> list[str]:
+    def overrides(self, max_steps: int | None = None, folder: Path | None = None) -> list[str]:
         """What the command line of this run has behind the recipe."""
         settings = self.experiment.settings(self.arm)
         settings |= {} if max_steps is None else {"training.max_steps": max_steps}
-        settings |= {"training.seed": self.seed, "training.output_dir": self.folder.as_posix()}
+        settings |= {"training.seed": self.seed, "training.output_dir": (folder or self.folder).as_posix()}
         words = [word for key, value in settings.items() for word in (f"--{key}", as_word(value))]
         return (["--quick"] if self.experiment.is_quick else []) + words
 
@@ -90,12 +90,12 @@ class Job:
             )
 
     def shown(self, record: Mapping[str, Any]) -> str:
-        """The command that makes this run again, without this experiment."""
+        """The command that makes this run again, without this experiment, and beside it: nothing is overwritten."""
         launcher = self.experiment.launcher
         start = [*launcher, "-m", "kv_trainer", "train"] if launcher else ["kv-trainer", "train"]
-        steps = self.given_steps(record)
+        steps, beside = self.given_steps(record), self.folder.with_name(f"{self.folder.name}-again")
         threads = [f"OMP_NUM_THREADS={record['threads']}"] if record.get("threads") else []
-        return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps)])])
+        return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps, beside)])])
 
 
 def as_word(value: Any) -> str:

@@ -16,8 +16,8 @@ from .figures import draw_all
 from .jobs import Job
 from .reach import reached
 from .results import Study
-from .statistics import FEWEST, RESAMPLES, mean, std
-from .words import figure_of, finding_of, is_share, p_words, percent, spread_of, steps_of_timed, unit
+from .statistics import FEWEST, RESAMPLES, is_share, mean, std
+from .words import figure_of, finding_of, p_words, percent, spread_of, steps_of_timed, unit
 
 QUICK = (
     "A quick run: every run was cut short (kv-trainer train --quick, with what the experiment's `quick` changes). It "
@@ -37,11 +37,11 @@ METHOD = (
 
 def write_report(study: Study, folder: Path) -> None:
     """Everything in `folder`; pictures of an older report are replaced."""
+    write_text(folder / "results.json", as_json(study))
+    write_text(folder / "commands.sh", "#!/bin/sh\nset -e\n" + "\n".join(commands(study)) + "\n")
     figures = draw_all(study, folder / "figures")
     pictures = [Picture(folder / "figures" / name, f"figures/{name}", caption) for name, caption in figures.items()]
     blocks = contents(study, pictures)
-    write_text(folder / "results.json", as_json(study))
-    write_text(folder / "commands.sh", "#!/bin/sh\nset -e\n" + "\n".join(commands(study)) + "\n")
     write_text(folder / "report.md", as_markdown(blocks))
     write_text(folder / "report.html", as_html(title(study), blocks))
 

@@ -61,7 +61,7 @@ class Study:
         """arm -> metric -> one value a seed."""
         found: dict[str, dict[str, list[float]]] = {}
         for arm in self.arms:
-            each = [with_macro(self.records[arm, seed]["metrics"]) for seed in self.seeds]
+            each = [self.records[arm, seed]["metrics"] for seed in self.seeds]
             names = [name for name in each[0] if all(name in one for one in each)]
             found[arm] = {name: [one[name] for one in each] for name in names}
         return found
@@ -145,12 +145,6 @@ class Study:
 
     def chosen(self) -> list[Mapping[str, Any]]:
         return [self.records[arm, seed] for arm in self.arms for seed in self.seeds]
-
-
-def with_macro(metrics: Mapping[str, float]) -> dict[str, float]:
-    """With the mean over tasks, where there are several."""
-    tasks = [v for n, v in metrics.items() if n.startswith("accuracy_") and n != MACRO]
-    return {**metrics, **({MACRO: mean(tasks)} if len(tasks) > 1 else {})}
 
 
 def gather(runs: list[list[dict[str, Any]]]) -> Items | None:

@@ -51,6 +51,11 @@ def std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction, told in percent and compared in percentage points."""
+    return metric.split("_")[0] == "accuracy"
+
+
 def lower_is_better(metric: str) -> bool:
     return metric.split("_")[0] in ("perplexity", "loss")
 
@@ -114,8 +119,7 @@ def interval_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> tuple
 def points(ours: Sequence[float], theirs: Sequence[float], metric: str) -> float:
     """How much better ours are: percentage points of a share; of another metric, percent of theirs."""
     gain = mean(theirs) - mean(ours) if lower_is_better(metric) else mean(ours) - mean(theirs)
-    share = metric.split("_")[0] == "accuracy"
-    return 100 * gain if share else 100 * gain / abs(mean(theirs)) if mean(theirs) else math.inf * gain
+    return 100 * gain if is_share(metric) else 100 * gain / abs(mean(theirs)) if mean(theirs) else math.inf * gain
 
 
 def verdict(

@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 
 from .results import Study
-from .statistics import Comparison, lower_is_better, mean
-
-
-def is_share(metric: str) -> bool:
-    return metric.split("_")[0] == "accuracy"
+from .statistics import Comparison, is_share, lower_is_better, mean
 
 
 def figure_of(metric: str, value: float) -> str:

@@ -60,7 +60,7 @@ def write_run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     pace = 3.0 if arm in ("taught", "control") else 1.0
     right = [row["hit"] for row in rows]
     metrics = {"loss": 1.0, "perplexity": 2.7, "accuracy": sum(right) / 10, "accuracy_even": sum(right[::2]) / 5,
-               "accuracy_odd": sum(right[1::2]) / 5}  # fmt: skip
+               "accuracy_odd": sum(right[1::2]) / 5, "accuracy_macro": sum(right) / 10}  # fmt: skip
     return {
         "steps": STEPS, "samples": 80, "tokens": 400, "seconds": pace * STEPS, "order": "o", "initial": f"i{seed}",
         "train_rows": "t", "eval_rows": "e", "shared_prompts": 0, "cross_entropy": {"weight": 1.0}, "metrics": metrics,
@@ -117,6 +117,7 @@ def test_the_report_is_whole_and_stands_alone(study: Study) -> None:
     assert all(f"figures/{name}" in text for name in pictures)
     assert page.count("data:image/png;base64,") == len(pictures) and not re.search(r'(src|href)="(?!data:)', page)
     assert (folder / "commands.sh").read_text().count("kv-trainer train") == 12
+    assert "ce-1-again" in (folder / "commands.sh").read_text(), "finished runs are not trained into"
 
 
 def test_what_is_not_fair_is_loud(study: Study, no_pictures: None) -> None:

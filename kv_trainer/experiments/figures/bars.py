@@ -9,12 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ...curve import INK
+from ...curve import INK, dress
 from ..reach import Reached
 from ..results import Study
-from ..statistics import mean, std
-from ..words import figure_of, is_share
-from .style import DOTS, dress, new_figure, save, seeds_of, styles
+from ..statistics import is_share, mean, std
+from ..words import figure_of
+from .style import DOTS, new_figure, save, seeds_of, styles
 
 
 def draw_bars(study: Study, target: Path) -> None:

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, PercentFormatter
 
 from ...callbacks.figures import CROSS_ENTROPY
-from ...curve import INK, PALETTE, PLAIN
+from ...curve import INK, PALETTE, PLAIN, dress
 from ..reach import at, seconds_at, series
 from ..results import Study
-from .style import dress, legend_below, new_figure, save, seeds_of, styles
+from .style import legend_below, new_figure, save, seeds_of, styles
 
 TERMS = ("loss_kv_relation", "loss_kv", "loss_cka", "loss_codi", "loss_attention_kl", "loss_logit_kd")
 POINTS = 80

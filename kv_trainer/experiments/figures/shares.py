@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...curve import INK, PALETTE
+from ...curve import INK, PALETTE, dress
 from ...heatmap import draw_heatmap
 from ..contribution import Game, leave_one_out, shapley
 from ..results import Study
-from ..statistics import mean, std
-from ..words import is_share, unit
-from .style import DOTS, dress, new_figure, save, seeds_of
+from ..statistics import is_share, mean, std
+from ..words import unit
+from .style import DOTS, new_figure, save, seeds_of
 
 EVEN = 1e-3  # shares that differ by less are of no routing
 

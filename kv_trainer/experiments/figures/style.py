@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...curve import FAINT, INK, PALETTE
+from ...curve import INK, PALETTE
 from ...files import beside
 from ..results import Study
 
@@ -44,18 +43,6 @@ def styles(study: Study) -> dict[str, dict[str, Any]]:
     for i, arm in enumerate(others):
         found[arm] = {"color": PALETTE[i % len(PALETTE)], "linestyle": LINES[i // len(PALETTE) % len(LINES)]}
     return found
-
-
-def dress(axes: Axes, title: str, across: str = "") -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=INK, length=0, which="both")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
