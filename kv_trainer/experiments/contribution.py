@@ -1,7 +1,8 @@
-"""What each teacher contributes: leave-one-out and Shapley values over arms that have each subset of the teachers."""
+"""What each teacher, layer or part contributes: leave-one-out and Shapley values, over arms that lack some of them."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,20 +11,29 @@ from typing import Any
 
 import yaml
 
+from ..losses.base import chosen_layers
 from .jobs import Job
 from .results import Study
 from .statistics import lower_is_better
 
 Team = frozenset[str]
+# What plays -> the knob of a loss that says who does; teachers have a section of their own.
+KINDS = {"teacher": "", "part": "parts", "layer": "layers"}
 
 
 @dataclass
 class Game:
-    """players: the teachers. worth: every subset of them -> one value a seed, more is better. whole: the arm of all."""
+    """players: all of a kind. worth: teams of them -> one value a seed, more is better. whole: the arm of all."""
 
     players: list[str]
     worth: Mapping[Team, list[float]]
     whole: str
+    kind: str = "teacher"
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is every team, as Shapley values need."""
+        return len(self.worth) == 2 ** len(self.players)
 
 
 def shapley(game: Game) -> dict[str, list[float]]:
@@ -51,41 +61,79 @@ def leave_one_out(game: Game) -> dict[str, list[float]]:
     }
 
 
-def find_game(study: Study) -> Game | None:
-    """The arms that differ in nothing but which teachers they have, where every subset is there; of the best whole."""
+def find_games(study: Study) -> list[Game]:
+    """For each kind of player the best whole of which there is every arm that lacks just one of them.
+
+    Arms of one game differ in nothing but their team, and in what cannot matter to it.
+    """
+    plain = [a for a in study.arms if not (study.experiment.arms[a].control or study.experiment.arms[a].seconds_of)]
+    jobs = {arm: Job(study.experiment, arm, study.seeds[0]) for arm in plain}
+    recipes = {arm: yaml.safe_load(job.recipe_text()) for arm, job in jobs.items()}
+    depth = max((student_layers(job) for job in jobs.values()), default=0)
+    found = (best_game(study, recipes, kind, depth) for kind in KINDS)
+    return [game for game in found if game is not None]
+
+
+def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depth: int) -> Game | None:
     metric = study.experiment.metrics[0]
     sign = -1.0 if lower_is_better(metric) else 1.0
-    plain = [a for a in study.arms if not (study.experiment.arms[a].control or study.experiment.arms[a].seconds_of)]
-    recipes = {arm: yaml.safe_load(Job(study.experiment, arm, study.seeds[0]).recipe_text()) for arm in plain}
-    worths = {arm: [sign * value for value in study.values[arm][metric]] for arm in plain}
+    worths = {arm: [sign * value for value in study.values[arm][metric]] for arm in recipes}
+    teams = {arm: team_of(recipe, kind, depth) for arm, recipe in recipes.items()}
     best: Game | None = None
-    for whole in plain:
-        players = sorted(recipes[whole]["teachers"])
-        if len(players) < 2:
+    for whole, players in teams.items():
+        if players is None or len(players) < 2:
             continue
-        teams = [frozenset(team) for size in range(len(players) + 1) for team in combinations(players, size)]
-        arms = {team: find_arm(recipes, whole, team) for team in teams}
-        if all(arms.values()):
-            game = Game(players, {team: worths[str(arm)] for team, arm in arms.items()}, whole)
-            if best is None or sum(worths[whole]) > sum(worths[best.whole]):
-                best = game
+        alike = stripped(recipes[whole], kind)
+        worth: dict[Team, list[float]] = {}
+        for arm, team in teams.items():
+            if team is not None and team <= players and stripped(recipes[arm], kind, team) == cut(alike, kind, team):
+                worth.setdefault(team, worths[arm])
+        game = Game(sorted(players), worth, whole, kind)
+        lacking = all(players - {player} in worth for player in players)
+        if lacking and (best is None or sum(worths[whole]) > sum(worths[best.whole])):
+            best = game
     return best
 
 
-def find_arm(recipes: Mapping[str, Any], whole: str, team: Team) -> str | None:
-    """The arm that is as `whole`, with this team of its teachers."""
-    wanted = stripped(recipes[whole], team)
-    return next((arm for arm, r in recipes.items() if set(r["teachers"]) == team and stripped(r, team) == wanted), None)
+def student_layers(job: Job) -> int:
+    """Of the checkpoint that a run left; 0 where it left none."""
+    path = job.folder / "config.json"
+    return int(json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers", 0)) if path.exists() else 0
 
 
-def stripped(recipe: Mapping[str, Any], team: Team) -> dict[str, Any]:
-    """A recipe's settings for a team: without what cannot matter to so many teachers, nor where it is written."""
-    found = {**recipe, "teachers": {name: recipe["teachers"].get(name) for name in team}}
-    found["training"] = {k: v for k, v in recipe["training"].items() if k != "output_dir"}
-    if len(team) < 2:
-        del found["fusion"]
+def team_of(recipe: Mapping[str, Any], kind: str, depth: int) -> Team | None:
+    """Who of this kind of player takes part in a run; None where that cannot be said."""
+    if not recipe["teachers"]:
+        return frozenset()
+    if kind == "teacher":
+        return frozenset(recipe["teachers"])
+    chosen = [loss[KINDS[kind]] for loss in recipe["losses"].values() if KINDS[kind] in loss]
+    if len(chosen) != 1:
+        return None
+    if kind == "part":
+        return frozenset(("keys", "values") if chosen[0] == "both" else (chosen[0],))
+    return frozenset(f"layer {i}" for i in chosen_layers(chosen[0], depth)) if depth else None
+
+
+def stripped(recipe: Mapping[str, Any], kind: str, team: Team | None = None) -> dict[str, Any]:
+    """A recipe without what says its team, nor where it is written; of a team, without what cannot matter to it."""
+    found = {**recipe, "training": {k: v for k, v in recipe["training"].items() if k != "output_dir"}}
+    if kind != "teacher":
+        found["losses"] = {
+            name: {k: v for k, v in loss.items() if k != KINDS[kind]} for name, loss in recipe["losses"].items()
+        }
+    return found if team is None else cut(found, kind, team)
+
+
+def cut(recipe: Mapping[str, Any], kind: str, team: Team) -> dict[str, Any]:
+    """A stripped recipe as a team of it would have it."""
+    found = dict(recipe)
+    if kind == "teacher":
+        found["teachers"] = {name: recipe["teachers"].get(name) for name in team}
+        if len(team) < 2:
+            found.pop("fusion", None)
     if not team:
-        for key in ("alignment", "projector"):
-            del found[key]
+        for key in ("teachers", "fusion", "alignment", "projector"):
+            found.pop(key, None)
         found["losses"] = {"cross_entropy": recipe["losses"]["cross_entropy"]}
     return found

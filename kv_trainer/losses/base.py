@@ -152,13 +152,15 @@ class DistillationLoss:
 class LayerwiseLoss(DistillationLoss):
     """Base of losses on keys and values, layer by layer and position by position.
 
+    layers: the student layers: "all", "middle" (the middle third), or a list. The term is a mean over them.
     attention: whose attention weighs the positions, by the mass that the answer's queries pay to each; mean 1 over the
     positions that count, and without gradient. attention_warmup_steps: for so many steps all count alike: an untrained
     student attends to nothing in particular (default 1000 for student, 500 for teacher).
-    annealing_ratio: share of the run over which the layers come in one after the other, shallow to deep; 0 = all at
+    annealing_ratio: share of the run over which these layers come in one after the other, in their order; 0 = all at
     once.
     """
 
+    layers: Literal["middle", "all"] | list[int] = "all"
     attention: Literal["none", "student", "teacher"] = "none"
     attention_warmup_steps: int | None = None
     annealing_ratio: float = 0.0
@@ -181,7 +183,7 @@ class LayerwiseLoss(DistillationLoss):
         return default if self.attention_warmup_steps is None else self.attention_warmup_steps
 
     def layer_factors(self, inputs: LossInputs, layers: int) -> Tensor:
-        """[L] factors from 0 to 1; the first layer is always in, layer l is at annealing_ratio * l / (L - 1)."""
+        """[L] factors from 0 to 1; the first of L layers is always in, the l-th is at annealing_ratio * l / (L - 1)."""
         index = torch.arange(layers, dtype=torch.float32, device=inputs.labels.device)
         if not self.annealing_ratio:
             return torch.ones_like(index)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..alignment.heads import TeacherProjectors
 from ..types import KVStates
-from .base import LayerwiseLoss, LossInputs, heard, masked_mean
+from .base import LayerwiseLoss, LossInputs, chosen_layers, heard, layer_weights, masked_mean
 
 Pair = tuple[Tensor, Tensor]
 Metric = Literal["mse", "smooth_l1", "l1", "cosine"]
@@ -70,14 +70,17 @@ class KVLoss(LayerwiseLoss):
         return torch.einsum("lb,l->", per_layer, factors) / len(factors) / inputs.num_samples
 
     def _to_teachers(self, inputs: LossInputs) -> Tensor:
-        """[L, B], teachers averaged by their shares."""
+        """[L, B] of the chosen layers, teachers averaged by their shares."""
         assert inputs.student is not None and inputs.weights is not None
         total = torch.zeros((), device=inputs.labels.device)
-        for weight, (name, teacher) in zip(inputs.weights, inputs.teachers.items(), strict=True):
-            where = self.position_weights(inputs, teacher.mask)
+        student = pairs(inputs.student)
+        layers = chosen_layers(self.layers, len(student))
+        shares = layer_weights(inputs.weights, layers)
+        for weight, (name, teacher) in zip(shares, inputs.teachers.items(), strict=True):
+            where, said = self.position_weights(inputs, teacher.mask), pairs(teacher)
             each = [
-                self._once(inputs, self._through, inputs.projectors[name], i, ours, theirs, teacher.mask, where)
-                for i, (ours, theirs) in enumerate(zip(pairs(inputs.student), pairs(teacher), strict=True))
+                self._once(inputs, self._through, inputs.projectors[name], i, student[i], said[i], teacher.mask, where)
+                for i in layers
             ]
             total = total + weight * torch.stack(each)
         return total
@@ -94,10 +97,11 @@ class KVLoss(LayerwiseLoss):
         return self._compare(projected, target, mask, where)
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
-        """[L, B], against one fused target."""
+        """[L, B] of the chosen layers, against one fused target."""
         assert inputs.student is not None
-        each = [self._once(inputs, self._fused, inputs, i, ours) for i, ours in enumerate(pairs(inputs.student))]
-        return torch.stack(each)
+        student = pairs(inputs.student)
+        layers = chosen_layers(self.layers, len(student))
+        return torch.stack([self._once(inputs, self._fused, inputs, i, student[i]) for i in layers])
 
     def _once(self, inputs: LossInputs, function: Callable[..., Tensor], *given: Any) -> Tensor:
         """function(*given), of which nothing is kept for the backward pass where there are several teachers.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fusion import Fusion
-from .base import LayerwiseLoss, LossInputs, heard, stacked
+from .base import LayerwiseLoss, LossInputs, chosen_layers, heard, stacked
 from .gather import gather_inputs, ranks
 from .gram import FLOOR, directions, relative_error
 
@@ -72,18 +72,18 @@ class KVRelationLoss(LayerwiseLoss):
 
     def _of(self, inputs: LossInputs) -> Tensor:
         assert inputs.student is not None and inputs.weights is not None
-        layers = len(inputs.student.layers)
+        layers = chosen_layers(self.layers, len(inputs.student.layers))
         by_layer = inputs.weights.dim() == 3
         # One layer at a time, for what lives only while it is compared; a fusion may decide on all targets together.
         together = inputs.fusion is not None and inputs.fusion.in_target_space and not by_layer
         compared: list[Tensor] = []
-        for some in [list(range(layers))] if together else [[layer] for layer in range(layers)]:
+        for some in [layers] if together else [[layer] for layer in layers]:
             if by_layer or not compared:
                 shares, chosen = self._shares(inputs, some[0])
             compared.append(self._relative(inputs, some, shares, chosen).unflatten(0, (-1, len(some))))
         relative = torch.cat(compared, dim=1)  # [parts, layers, groups]
-        total = torch.einsum("nlq,q,l->", relative, self._sizes(inputs), self.layer_factors(inputs, layers))
-        return total / (len(relative) * layers) / inputs.num_samples
+        total = torch.einsum("nlq,q,l->", relative, self._sizes(inputs), self.layer_factors(inputs, len(layers)))
+        return total / (len(relative) * len(layers)) / inputs.num_samples
 
     def _sizes(self, inputs: LossInputs) -> Tensor:
         """[groups]: a group counts as many times as it has samples; only the last one can be incomplete."""

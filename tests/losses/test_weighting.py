@@ -254,6 +254,22 @@ def test_layers_come_in_one_after_the_other(kind: str, progress: float, factors:
 
 
 @every_kind
+@pytest.mark.parametrize(("layers", "chosen"), [([2, 0], [2, 0]), ("middle", [1]), ([1], [1])])
+@pytest.mark.parametrize("by_layer", [False, True], ids=["one share", "share by layer"])
+def test_chosen_layers_are_compared_and_no_other(kind: str, layers, chosen: list[int], by_layer: bool) -> None:
+    """A mean over them, in their own order under annealing."""
+    shares = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(0)).softmax(0)
+    inputs = inputs_of(kind, progress=0.1, **({"weights": shares} if by_layer else {}))
+    each = [loss_of(kind)(only_layer(inputs, layer)) for layer in chosen]
+    value = loss_of(kind, layers=layers)(inputs)
+    torch.testing.assert_close(value, sum(each) / len(each), rtol=1e-5, atol=1e-6)
+    value.backward()
+    assert [bool(k.grad is not None and k.grad.any()) for k in inputs.student.keys] == [i in chosen for i in range(3)]
+    annealed = loss_of(kind, layers=layers, annealing_ratio=0.2)(inputs)
+    torch.testing.assert_close(annealed, sum(each[:1] + [0.5 * x for x in each[1:]]) / len(each), rtol=1e-5, atol=1e-6)
+
+
+@every_kind
 @every_side
 def test_shares_by_layer_are_a_loop_over_layers(kind: str, side: str) -> None:
     shares = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(0)).softmax(0)

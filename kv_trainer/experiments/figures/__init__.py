@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...arguments import Recipe
 from ...recipes import load_recipe
-from ..contribution import find_game
+from ..contribution import find_games
 from ..jobs import Job
 from ..reach import reached
 from ..results import Study
@@ -35,10 +35,10 @@ def draw_all(study: Study, folder: Path) -> dict[str, str]:
         against = study.experiment.against
         found["reached.png"] = f"steps and seconds until the training loss with which {against} ends (same seed)"
     found |= draw_routing(study, folder)
-    game = find_game(study)
-    if game is not None:
-        draw_contribution(study, game, folder / "contribution.png")
-        found["contribution.png"] = f"what each teacher of {game.whole} contributes, by the arms that have fewer"
+    for game in find_games(study):
+        name = "contribution.png" if game.kind == "teacher" else f"contribution_{game.kind}s.png"
+        draw_contribution(study, game, folder / name)
+        found[name] = f"what each {game.kind} of {game.whole} contributes, by the arms that have fewer"
     taught = taught_arm(study)
     if taught is not None and draw_terms(study, taught, folder / "terms.png"):
         found["terms.png"] = f"share of each weighted term in the loss of {taught} over its steps"

@@ -46,15 +46,16 @@ def draw_shares(arm: str, axis: str, run: dict, matrix: np.ndarray, target: Path
 
 
 def draw_contribution(study: Study, game: Game, target: Path) -> None:
-    """For each teacher its Shapley value, and what is lost without it; mean and deviation over seeds."""
+    """For each player its Shapley value where it is known, and what is lost without it; over seeds."""
     metric, names = study.experiment.metrics[0], game.players
     size = 100 if is_share(metric) else 1
-    figure = new_figure(f"contribution of each teacher to {game.whole}", height=3.6, width=8)
+    figure = new_figure(f"contribution of each {game.kind} to {game.whole}", height=3.6, width=8)
     axes = figure.subplots()
-    both = {"Shapley value": shapley(game), "lost without it (leave-one-out)": leave_one_out(game)}
+    both = {"Shapley value": shapley(game)} if game.complete else {}
+    both["lost without it (leave-one-out)"] = leave_one_out(game)
     for i, (label, values) in enumerate(both.items()):
         each = [[size * x for x in values[name]] for name in names]
-        places = [j + (i - 0.5) * 0.36 for j in range(len(names))]
+        places = [j + (i - (len(both) - 1) / 2) * 0.36 for j in range(len(names))]
         axes.bar(
             places, [mean(v) for v in each], width=0.32, color=PALETTE[i], alpha=0.75, label=label,
             yerr=[std(v) for v in each], error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
