@@ -97,11 +97,12 @@ class TimeAlignment:
     """How positions of texts that differ are found (see alignment/time.py).
 
     same_text: they are not; only text that both models read is aligned. linear: the whole sequence is resampled.
+    truncate: position i to position i, up to the end of the shorter one; what is often done, to compare with.
     segment_aware: prompt, reasoning and answer each for itself, where their texts differ. rkv: the same, but of a
     reasoning that differs, the positions that R-KV selects, layer by layer and head by head.
     """
 
-    method: Literal["same_text", "linear", "segment_aware", "rkv"] = "same_text"
+    method: Literal["same_text", "linear", "truncate", "segment_aware", "rkv"] = "same_text"
     budget: int | None = field(
         default=None, metadata={"help": "rkv: at most this many positions; default as many as the student reasons in."}
     )
@@ -142,12 +143,17 @@ class AlignmentConfig:
 
 @dataclass
 class ProjectorConfig:
-    """The trainable map of heads and head widths that the `kv` loss needs (see alignment/heads.py)."""
+    """The trainable map of heads and head widths that the `kv` loss needs (see alignment/heads.py).
+
+    mlp_ratio, dropout, layer_norm, activation: of the elastic bottleneck alone.
+    """
 
     method: Literal["linear", "elastic_bottleneck", "none"] = "linear"
     direction: Literal["teacher_to_student", "student_to_teacher"] = "student_to_teacher"
     mlp_ratio: float | Literal["auto"] = "auto"
     dropout: float = 0.1
+    layer_norm: bool = True
+    activation: Literal["silu", "relu", "gelu"] = "silu"
     init: Literal["auto", "grouped", "xavier", "kaiming", "normal"] = "auto"
     learning_rate: float = 1e-3
 

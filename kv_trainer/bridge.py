@@ -309,8 +309,9 @@ def head_projectors(student: KVShape, teacher: KVShape, args: MultiTeacherKVConf
     knobs = args.projector
     ratio = auto_mlp_ratio(teacher.num_parameters) if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
     return TeacherProjectors(
-        student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout
-    )
+        student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout,
+        layer_norm=knobs.layer_norm, activation=knobs.activation,
+    )  # fmt: skip
 
 
 def hidden_projectors(student: KVShape, teacher: KVShape) -> nn.ModuleList:

@@ -53,6 +53,12 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
         found.append(f"teachers.{weighted[0]}.weight has no effect: it needs fusion.method: fixed.")
     if args.projector != ProjectorConfig() and not any("projectors" in loss.needs for loss in args.losses.values()):
         found.append("projector has no effect: no loss of this recipe uses projectors.")
+    elif args.projector.method != "elastic_bottleneck":
+        found += [
+            f"projector.{knob} has no effect: it is of method elastic_bottleneck."
+            for knob in ("mlp_ratio", "dropout", "layer_norm", "activation")
+            if getattr(args.projector, knob) != getattr(ProjectorConfig(), knob)
+        ]
     if args.fusion != Confidence() and len(weights) == 1:
         found.append("fusion has no effect: there is one teacher.")
     if args.evaluation.do_sample and not args.evaluation.generate:

@@ -143,6 +143,8 @@ def align(ours: Encoded, theirs: Encoded, example: Example, other: Example, time
     """
     if time.method == "linear":
         return {"index": linear_indices(1, len(theirs.input_ids), len(ours.input_ids))[0].tolist()}
+    if time.method == "truncate":
+        return {"index": [i if i < len(theirs.input_ids) else -1 for i in range(len(ours.input_ids))]}
     differing = {s for s in (REASONING, ANSWER) if SEGMENT_TEXT[s](example) != SEGMENT_TEXT[s](other)}
     if time.method == "same_text":
         # Behind a text that differs nothing has read the same, not even the end.

@@ -497,6 +497,16 @@ def test_linear_goes_from_end_to_end(tiny_tokenizer):
         assert row["math/index"] == pytest.approx([i * (there - 1) / (count - 1) for i in range(count)])
 
 
+@pytest.mark.parametrize("merges", [(0, 40), (40, 0)], ids=["longer", "shorter"])
+def test_truncate_counts_positions_and_reads_nothing(tiny_tokenizer, merges: tuple[int, int]):
+    ours, theirs = (Reader(tiny_tokenizer(count)) for count in merges)
+    config = DataConfig(answer_markers=[" ####"])
+    for row in encode_rows(Dataset.from_list(OWN), ours, {"math": theirs}, config, time=TimeAlignment("truncate")):
+        count, there = len(row["input_ids"]), len(row["math/input_ids"])
+        assert (count > there) == (merges[0] < merges[1])
+        assert row["math/index"] == [*range(min(count, there)), *[-1] * max(0, count - there)]
+
+
 def test_segment_aware_is_spans_where_text_is_shared_and_linear_where_not(tiny_tokenizer):
     student, teacher = tiny_tokenizer(40, bos=True), tiny_tokenizer(0)
     first, second = encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))
@@ -559,7 +569,7 @@ def test_a_short_reasoning_of_the_teacher_is_shared_out(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("method", ["same_text", "linear", "segment_aware", "rkv"])
+@pytest.mark.parametrize("method", ["same_text", "linear", "truncate", "segment_aware", "rkv"])
 @pytest.mark.parametrize("length", [4, 17, 40])
 def test_indices_stay_inside_rows_that_are_cut(tiny_tokenizer, method, length, side):
     time = TimeAlignment(method)

@@ -496,6 +496,7 @@ def test_what_is_shorter_than_a_quick_run_stays_so() -> None:
     [
         (["--teachers.math.weight", "2"], "teachers.math.weight has no effect"),
         (["--projector.dropout", "0.2"], "projector has no effect"),
+        (["--losses.kv.weight=1", "--projector.layer_norm=false"], "projector.layer_norm has no effect: it is of"),
         (["--evaluation.generate=false", "--evaluation.do_sample=true"], "evaluation.do_sample has no effect"),
         (
             ["--control.shuffle", "rows", "--teachers=null", "--losses.kv_relation=null"],

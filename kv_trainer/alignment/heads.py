@@ -11,6 +11,7 @@ from ..types import KVShape, KVStates
 
 Init = Literal["auto", "grouped", "xavier", "kaiming", "normal"]
 Direction = Literal["teacher_to_student", "student_to_teacher"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 def grouped_average(outputs: int, inputs: int) -> Tensor:
@@ -45,15 +46,22 @@ def auto_mlp_ratio(teacher_parameters: int) -> float:
 
 
 class ElasticBottleneck(nn.Sequential):
-    """LayerNorm -> Linear(d, h = mlp_ratio d) -> SiLU -> Dropout -> Linear(h, d_out), over the last axis."""
+    """LayerNorm -> Linear(d, h = mlp_ratio d) -> SiLU -> Dropout -> Linear(h, d_out), over the last axis.
 
-    def __init__(self, inputs: int, outputs: int, mlp_ratio: float, dropout: float, init: str) -> None:
+    layer_norm, activation: without the first, or with ReLU or GELU in the middle.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, mlp_ratio: float, dropout: float, init: str, layer_norm: bool = True,
+        activation: str = "silu",
+    ) -> None:  # fmt: skip
         hidden = max(1, round(mlp_ratio * inputs))
         first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
         for layer in (first, last):
             initialise(layer.weight, init)
             nn.init.zeros_(layer.bias)
-        super().__init__(nn.LayerNorm(inputs), first, nn.SiLU(), nn.Dropout(dropout), last)
+        norm = nn.LayerNorm(inputs) if layer_norm else nn.Identity()
+        super().__init__(norm, first, ACTIVATIONS[activation](), nn.Dropout(dropout), last)
 
 
 class KVProjector(nn.Module):
@@ -72,6 +80,8 @@ class KVProjector(nn.Module):
         init: Init = "auto",
         mlp_ratio: float = 0.5,
         dropout: float = 0.1,
+        layer_norm: bool = True,
+        activation: str = "silu",
     ) -> None:
         super().__init__()
         if method == "linear":
@@ -82,7 +92,9 @@ class KVProjector(nn.Module):
             if init == "grouped":
                 raise ValueError("projector.init is 'grouped', which only a linear projector has; use 'auto'.")
             bottleneck_init = "xavier" if init == "auto" else init
-            self.width = ElasticBottleneck(inputs[1], outputs[1], mlp_ratio, dropout, bottleneck_init)
+            self.width = ElasticBottleneck(
+                inputs[1], outputs[1], mlp_ratio, dropout, bottleneck_init, layer_norm, activation
+            )
         self.heads = nn.Linear(inputs[0], outputs[0], bias=False)
         initialise(self.heads.weight, "grouped")
 

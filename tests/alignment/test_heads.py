@@ -116,6 +116,16 @@ def test_bottleneck_width_dropout_and_eval(ratio, hidden):
     torch.testing.assert_close(bottleneck(x), naive, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("layer_norm", "activation"), [(False, "relu"), (True, "gelu"), (False, "silu")])
+def test_bottleneck_with_other_parts(layer_norm: bool, activation: str):
+    knobs = {"method": "elastic_bottleneck", "layer_norm": layer_norm, "activation": activation}
+    bottleneck = KVProjector((2, 8), (3, 6), **knobs).eval().width
+    x = torch.randn(3, 4, 8)
+    start = torch.nn.functional.layer_norm(x, (8,)) if layer_norm else x
+    inner = getattr(torch.nn.functional, activation)(start @ bottleneck[1].weight.T)
+    torch.testing.assert_close(bottleneck(x), inner @ bottleneck[4].weight.T, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("parameters", "ratio"), [(1, 0.5), (13.9e9, 0.5), (14e9, 1.0), (30e9, 1.0), (30.1e9, 2.0), (70e9, 2.0)]
 )
