@@ -1,0 +1,101 @@
+"""Publish a finished experiment, and keep every figure in the documents what its results say.
+
+python docs/results/publish.py EXPERIMENT.yaml NAME    # its report into docs/results/NAME/, then all documents
+python docs/results/publish.py                         # the documents alone
+
+A document takes a figure from docs/results/NAME/results.json between two comments, which a reader does not see:
+`<!-- NAME ARM METRIC -->91.2% ± 3.7<!-- / -->`. METRIC is one of the arms' metrics, or steps, tokens or seconds of the
+budget; `ARM METRIC mean` and `ARM METRIC SEED` are the mean alone and one seed's value; `ARM-OTHER METRIC` is the
+difference of two means; `ARM METRIC p` is the p of its comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.statistics import mean, std
+from kv_trainer.experiments.words import figure_of, p_words, percent, spread_of, unit
+from kv_trainer.files import write_text
+
+RESULTS = Path(__file__).parent
+ROOT = RESULTS.parents[1]
+PARTS = ("report.md", "results.json", "commands.sh")
+FIGURE = re.compile(
+    r"<!-- (?P<name>[\w-]+) (?P<arm>\w+)(?:-(?P<other>\w+))? (?P<metric>\w+)(?: (?P<form>\w+))? -->.*?<!-- / -->"
+)
+
+
+@cache
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
+
+
+def figure(name: str, arm: str, metric: str, other: str | None = None, form: str | None = None) -> str:
+    """A figure of a published experiment, as documents show it. KeyError where there is none."""
+    found = results(name)
+    if metric in ("steps", "tokens", "seconds"):
+        return f"{found['budget'][arm][metric]:,.0f}"
+    values = found["arms"][arm][metric]
+    if other is not None:
+        return f"{percent(metric, mean(values) - mean(found['arms'][other][metric]))} {unit(metric)}"
+    if form == "p":
+        return p_words(next(c["p"] for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric))
+    if form == "mean":
+        return figure_of(metric, mean(values))
+    if form is not None:
+        return figure_of(metric, values[found["seeds"].index(int(form))])
+    return f"{figure_of(metric, mean(values))} ± {spread_of(metric, std(values))}"
+
+
+def fill(text: str) -> str:
+    """A document with every figure as the results have it."""
+
+    def again(match: re.Match[str]) -> str:
+        start = match.group(0).partition("-->")[0]
+        return f"{start}-->{figure(**match.groupdict())}<!-- / -->"
+
+    return FIGURE.sub(again, text)
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted(RESULTS.rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+
+
+def publish(experiment: str, name: str) -> None:
+    """The report, remade from the finished runs."""
+    subprocess.run([sys.executable, "-m", "kv_trainer", "compare", experiment, "--report-only"], check=True)
+    report, target = Path(load_experiment(experiment).output_dir) / "report", RESULTS / name
+    target.mkdir(exist_ok=True)
+    for part in PARTS:
+        shutil.copyfile(report / part, target / part)
+    shutil.rmtree(target / "figures", ignore_errors=True)
+    shutil.copytree(report / "figures", target / "figures")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT.yaml")
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    options = parser.parse_args()
+    if options.experiment and not options.name:
+        parser.error("give the NAME of its folder in docs/results too.")
+    if options.experiment:
+        publish(options.experiment, options.name)
+    for page in documents():
+        text = page.read_text(encoding="utf-8")
+        if fill(text) != text:
+            write_text(page, fill(text))
+            print(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
