@@ -18,6 +18,7 @@ from .jobs import Job
 from .report import write_report
 from .results import Study, study_of
 from .runner import Runner, alone
+from .shared import TAKEN
 from .statistics import Comparison, mean
 from .words import figure_of, finding_of, p_words, percent
 
@@ -90,7 +91,8 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
     def told(job: Job, record: Mapping[str, Any], ran: bool) -> None:
         done, value = len(runner.records), record["metrics"].get(metric)
         what = "no " + metric if value is None else f"{metric} {figure_of(metric, value)}"
-        took = f"{record['seconds'] / 60:5.1f} min" if ran else "finished before"
+        before = f"taken from {record[TAKEN]}" if TAKEN in record else "finished before"
+        took = f"{record['seconds'] / 60:5.1f} min" if ran else before
         line = f"{done:>{len(str(len(jobs)))}}/{len(jobs)}  {job.arm:<{width}}  seed {job.seed}  {what:>18}  {took}"
         console.print(line, markup=False, highlight=False)
 

@@ -79,6 +79,9 @@ class Experiment:
     clock: Literal["wall", "processor"] = field(
         default="wall", metadata={"help": "Seconds of the wall, or of processor time, where others compute too."}
     )
+    runs_from: list[str] = field(
+        default_factory=list, metadata={"help": "Other experiments' output_dir: their runs of the same settings count."}
+    )
     launcher: list[str] = field(default_factory=list, metadata={"help": "Such as [accelerate, launch]."})
     verdict: VerdictRule = field(default_factory=VerdictRule)
     overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the recipe for all arms."})
@@ -205,4 +208,6 @@ def set_places(experiment: Experiment, tree: Node, path: Path) -> None:
     experiment.recipe = os.path.relpath(target) if Path(target).is_relative_to(os.getcwd()) else target
     default = os.path.join("outputs", path.resolve().parent.name, path.stem)
     folder = (experiment.output_dir or default).rstrip("/\\")
-    experiment.output_dir = folder + "-quick" if experiment.is_quick else folder
+    quick = "-quick" * experiment.is_quick
+    experiment.output_dir = folder + quick
+    experiment.runs_from = [other.rstrip("/\\") + quick for other in experiment.runs_from]

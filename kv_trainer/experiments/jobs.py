@@ -54,9 +54,10 @@ class Job:
         except RecipeError as error:
             raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
 
-    def saved_text(self) -> str:
-        """The recipe with which the finished run was made; settings it does not know yet have their defaults."""
-        return dump_recipe(load_recipe(self.folder / "recipe.yaml"))
+    @staticmethod
+    def saved(folder: Path) -> str:
+        """The recipe with which a finished run was made; settings it does not know yet have their defaults."""
+        return dump_recipe(load_recipe(folder / "recipe.yaml"))
 
     def record(self) -> dict[str, Any] | None:
         """What the finished run left; None where it is not finished. ValueError if it is of other settings."""
@@ -65,7 +66,7 @@ class Job:
             return None
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         now = self.recipe_text(self.given_steps(record))
-        found = differences(yaml.safe_load(self.saved_text()), yaml.safe_load(now))
+        found = differences(yaml.safe_load(self.saved(self.folder)), yaml.safe_load(now))
         if found:
             raise ValueError(
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "

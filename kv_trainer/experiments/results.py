@@ -18,6 +18,7 @@ from ..run import PREDICTIONS
 from .experiment import Experiment
 from .fairness import Finding, Records, check_budget
 from .jobs import Job
+from .shared import TAKEN
 from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
 
 NOT_JUDGED = "not judged"  # of every metric but the first
@@ -141,7 +142,9 @@ class Study:
         return sorted((a for a in self.arms if not self.experiment.arms[a].control), key=score, reverse=True)
 
     def machines(self) -> list[str]:
-        return sorted({record["machine"] for record in self.chosen()})
+        """What the runs were made on, and from which other experiments some were taken."""
+        taken = [record[TAKEN] for record in self.chosen() if TAKEN in record]
+        return sorted({record["machine"] for record in self.chosen()}) + [f"taken from {run}" for run in taken]
 
     def chosen(self) -> list[Mapping[str, Any]]:
         return [self.records[arm, seed] for arm in self.arms for seed in self.seeds]

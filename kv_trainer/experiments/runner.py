@@ -16,6 +16,7 @@ from typing import Any
 
 from .experiment import Experiment
 from .jobs import Job, equal_steps
+from .shared import take_finished
 
 LOG = "log.txt"
 
@@ -132,6 +133,8 @@ class Runner:
         if without:
             raise RunFailed(f"it waits for {without[0]}, which failed")
         record = job.record()
+        if record is None and take_finished(job):
+            record = job.record()
         ran = record is None
         if record is None:
             record = self._start(job, equal_steps(job, self.records))

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: "{training: {max_steps: 10}}")
-    monkeypatch.setattr(Job, "saved_text", lambda self: (self.folder / "recipe.yaml").read_text())
+    monkeypatch.setattr(Job, "saved", staticmethod(lambda folder: (folder / "recipe.yaml").read_text()))
     Path("r.yaml").write_text("x")
     Path("fake.py").write_text(FAKE)
     return tmp_path
@@ -72,6 +72,43 @@ def test_runs_are_made_once_and_a_timed_one_after_those_it_waits_for() -> None:
     again.run(jobs(again))
     assert Path("log").read_text().split("\n") == lines and not any(ran for *_, ran in told[6:])
     assert again.records == one.records
+
+
+def test_runs_of_another_experiment_with_the_same_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the same seed; not of a timed arm; with a word of where they are from."""
+
+    def text(self: Job, steps: int | None = None) -> str:
+        return f"{{training: {{max_steps: 10, output_dir: {self.folder}, seed: {self.seed}}}, set: {self.arm[0]}}}"
+
+    monkeypatch.setattr(Job, "recipe_text", text)
+    monkeypatch.setattr(Job, "record", lambda self: read(self.folder))
+    first, second = Path("one"), runner("{base: {}, n: {}, timed: {like: base, seconds_of: n}}")
+    for name, seed in (("best", 1), ("timed", 1), ("other", 2)):
+        run = first / f"{name}-{seed}"
+        (run / "checkpoint-5").mkdir(parents=True)
+        given = f"{{training: {{max_steps: 10, output_dir: x, seed: {seed}}}, set: {name[0]}}}"
+        (run / "recipe.yaml").write_text(given)
+        (run / "arm.json").write_text(json.dumps({"steps": 10, "seconds": 2.0, "name": name}))
+    second.experiment.runs_from = ["one", "nowhere"]
+    made: list[str] = []
+
+    def start(self: Runner, job: Job, steps: int | None) -> dict:
+        made.append(job.folder.name)
+        return {"steps": 10, "seconds": 1.0}
+
+    monkeypatch.setattr(Runner, "_start", start)
+    monkeypatch.setattr(Job, "check_time", lambda self, records: None)
+    told.clear()
+    assert second.run(jobs(second)) == {}
+    assert sorted(made) == ["base-2", "n-1", "n-2", "timed-1", "timed-2"] and ("base", 1, False) in told
+    assert second.records["base", 1] == {"taken_from": "one/best-1", "steps": 10, "seconds": 2.0, "name": "best"}
+    taken = Job(second.experiment, "base", 1).folder
+    assert sorted(p.name for p in taken.iterdir()) == ["arm.json", "recipe.yaml"]
+    assert (taken / "recipe.yaml").read_text() == text(Job(second.experiment, "base", 1))
+
+
+def read(folder: Path) -> dict | None:
+    return json.loads((folder / "arm.json").read_text()) if (folder / "arm.json").exists() else None
 
 
 def test_a_finished_run_of_other_settings_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
