@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -83,33 +82,53 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
 
 
-def test_a_teacher_that_is_cut_off(home: Path, tmp_path: Path) -> None:
-    cut = tmp_path / "teacher"
-    cut.mkdir()
-    for file in (home / "teacher").iterdir():
-        data = file.read_bytes()
-        (cut / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
-    said = complaint(run(command(home, tmp_path / "out", "--teachers.fine.model", str(cut))))
-    assert str(cut) in said and not (tmp_path / "out" / "model.safetensors").exists()
+LARGEST = 65536  # bytes of a file, less than the student's weights: as on a full disk, in the middle of a file
 
 
-def test_a_teacher_without_weights(home: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "teacher"
-    bare.mkdir()
-    for file in (home / "teacher").glob("*.json"):
-        (bare / file.name).write_bytes(file.read_bytes())
-    assert str(bare) in complaint(run(command(home, tmp_path / "out", "--teachers.fine.model", str(bare))))
+@pytest.fixture(scope="module")
+def told(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """What was wrong -> the folder of a run, and what it complained of; all of them forks of one process."""
+    folder = tmp_path_factory.mktemp("told")
+    for name in ("cut", "bare"):
+        (folder / name).mkdir()
+        for file in (home / "teacher").iterdir():
+            data = file.read_bytes()
+            half = file.suffix == ".safetensors"
+            if not (half and name == "bare"):
+                (folder / name / file.name).write_bytes(data[: len(data) // 2] if half else data)
+    changes: dict[str, list[str]] = {
+        **{name: ["--teachers.fine.model", str(folder / name)] for name in ("cut", "bare")}, "full": [],
+    }  # fmt: skip
+    jobs = [{
+        "arguments": command(home, folder / f"{name}-out", *more)[3:], "output": str(folder / f"{name}.log"),
+        "largest_file": LARGEST if name == "full" else None,
+    } for name, more in changes.items()]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = run([sys.executable, str(HERE / "warm.py"), str(folder / "jobs.json")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {}
+    for name in changes:
+        status, log = int((folder / f"{name}.log.status").read_text()), (folder / f"{name}.log").read_text()
+        found[name] = folder, complaint(subprocess.CompletedProcess("", status, "", log))
+    return found
 
 
-def test_a_disk_that_is_full(home: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 64 KB, less than the student's weights: as on a full disk, in the middle of a file."""
-    small = (65536, 65536)
-    said = complaint(
-        run(command(home, tmp_path / "out"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
-    )
+def test_a_teacher_that_is_cut_off(told: dict[str, tuple[Path, str]]) -> None:
+    folder, said = told["cut"]
+    assert str(folder / "cut") in said and not (folder / "cut-out" / "model.safetensors").exists()
+
+
+def test_a_teacher_without_weights(told: dict[str, tuple[Path, str]]) -> None:
+    folder, said = told["bare"]
+    assert str(folder / "bare") in said
+
+
+def test_a_disk_that_is_full(told: dict[str, tuple[Path, str]]) -> None:
+    folder, said = told["full"]
+    out = folder / "full-out"
     assert "checkpoint-1" in said
-    assert last_whole(tmp_path / "out")[0] is None
-    assert not list((tmp_path / "out").rglob("model.safetensors")), "half a file stays"
+    assert last_whole(out)[0] is None
+    assert not list(out.rglob("model.safetensors")), "half a file stays"
 
 
 def until(condition: Any, process: subprocess.Popen[str], seconds: float = 90) -> None:
