@@ -98,9 +98,11 @@ class KVBridge(nn.Module):
         self.balance = Balance(self.losses)
         self.projectors: Any = nn.ModuleDict()
         self.hidden_projectors: Any = nn.ModuleDict()
+        compared: list[Any] = [getattr(x, "layers", "all") for x in self.losses.values() if "projectors" in x.needs]
         for name, shape in teachers.items():
             if "projectors" in self.requires:
-                self.projectors[name] = head_projectors(student, shape, args)
+                self.projectors[name] = maps = head_projectors(student, shape, args)
+                rest(maps, {layer for chosen in compared for layer in chosen_layers(chosen, student.num_layers)})
             if "hidden_projectors" in self.requires:
                 self.hidden_projectors[name] = hidden_projectors(student, shape)
         gated = isinstance(self.fusion, Router) and len(teachers) > 1
@@ -312,6 +314,13 @@ def head_projectors(student: KVShape, teacher: KVShape, args: MultiTeacherKVConf
         student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout,
         layer_norm=knobs.layer_norm, activation=knobs.activation,
     )  # fmt: skip
+
+
+def rest(projectors: TeacherProjectors, compared: set[int]) -> None:
+    """Freeze the maps of layers that no loss compares: DDP waits for the gradient of every other parameter."""
+    for maps in (projectors.keys, projectors.values):
+        for layer, module in enumerate(maps):
+            module.requires_grad_(layer in compared)
 
 
 def hidden_projectors(student: KVShape, teacher: KVShape) -> nn.ModuleList:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 
 from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
-from .fusion import Confidence, Fixed
+from .fusion import Confidence, Fixed, Router
 from .losses import KVRelationLoss
 
 logger = logging.getLogger(__name__)
@@ -45,20 +46,30 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")
 
 
+def ignored_of_projector(args: MultiTeacherKVConfig) -> list[str]:
+    """Settings of `projector` without effect; its learning rate is that of all that is trained beside the student."""
+    needs = frozenset().union(*(loss.needs for loss in args.losses.values() if loss.active))
+    changed = {f.name for f in fields(ProjectorConfig) if getattr(args.projector, f.name) != f.default}
+    method, mapped = args.projector.method, "projectors" in needs
+    other = isinstance(args.fusion, Router) or "hidden_projectors" in needs
+    bottleneck = {"mlp_ratio", "dropout", "layer_norm", "activation"}
+    idle = {"init", "learning_rate", *bottleneck} if method == "none" else bottleneck
+    if not mapped:
+        inert = changed - ({"learning_rate"} if other else set())
+        return ["projector has no effect: no loss of this recipe uses projectors."] if inert else []
+    inert = changed & idle if method != "elastic_bottleneck" else set()
+    inert -= {"learning_rate"} if other else set()
+    why = "method none has no trainable map" if method == "none" else "it is of method elastic_bottleneck"
+    return [f"projector.{knob} has no effect: {why}." for knob in sorted(inert)]
+
+
 def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[str]:
     """Settings that differ from their defaults and have no effect. weights: each teacher's own, by name."""
     found = []
     weighted = [name for name, weight in weights.items() if weight != 1.0]
     if weighted and not isinstance(args.fusion, Fixed):
         found.append(f"teachers.{weighted[0]}.weight has no effect: it needs fusion.method: fixed.")
-    if args.projector != ProjectorConfig() and not any("projectors" in loss.needs for loss in args.losses.values()):
-        found.append("projector has no effect: no loss of this recipe uses projectors.")
-    elif args.projector.method != "elastic_bottleneck":
-        found += [
-            f"projector.{knob} has no effect: it is of method elastic_bottleneck."
-            for knob in ("mlp_ratio", "dropout", "layer_norm", "activation")
-            if getattr(args.projector, knob) != getattr(ProjectorConfig(), knob)
-        ]
+    found += ignored_of_projector(args)
     if args.fusion != Confidence() and len(weights) == 1:
         found.append("fusion has no effect: there is one teacher.")
     if args.evaluation.do_sample and not args.evaluation.generate:

@@ -66,10 +66,10 @@ def encode_rows(
 
     Columns: row (its number), input_ids, labels, answer_position (see text.Encoded), task (a number, see `task_names`;
     where rows have one), and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and `<teacher>/supervised`;
-    plus those of `keep`, for evaluation EVALUATED, where task is the text. index is of ints under time `same_text` and
-    of floats else. `segment_aware` and `rkv` add segments and `<teacher>/segments`, and `rkv` adds `<teacher>/rank`:
-    for a student position whose index is -1 because its reasoning differs, which of the teacher's selected reasoning
-    positions, in time order, it is taught; -1 elsewhere. The longest rank + 1 is the row's budget.
+    plus those of `keep`, for evaluation EVALUATED, where task is the text. index is of ints under time `same_text`
+    and `truncate`, of floats else. `segment_aware` and `rkv` add segments and `<teacher>/segments`, and `rkv` adds
+    `<teacher>/rank`: for a student position whose reasoning differs, of which of the teacher's selected reasoning
+    positions, in time order, it is taught the keys and values; -1 elsewhere. The longest rank + 1 is the row's budget.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
@@ -154,7 +154,7 @@ def align(ours: Encoded, theirs: Encoded, example: Example, other: Example, time
     linear = segment_indices(torch.tensor([theirs.segments]), torch.tensor([ours.segments]))[0].tolist()
     selected = differing & {REASONING} if time.method == "rkv" else set()
     index = [
-        -1.0 if segment in selected else by_line if segment in differing else float(by_span)
+        by_line if segment in differing else float(by_span)
         for segment, by_line, by_span in zip(ours.segments, linear, spans, strict=True)
     ]
     return {"index": index} | ({"rank": ranks(ours, theirs, time.budget, selected)} if time.method == "rkv" else {})

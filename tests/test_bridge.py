@@ -303,6 +303,16 @@ def test_projectors_are_where_the_losses_need_them(student) -> None:
     assert names == {f"projectors.{teacher}.{part}" for teacher in SHAPES for part in ("keys", "values")}
 
 
+def test_projectors_of_layers_that_are_not_compared_rest(student) -> None:
+    """DDP would wait for their gradient."""
+    bridge = bridge_to(student, {"kv": KVLoss(layers=[1])})
+    trained = {n.split(".")[3] for n, p in bridge.named_parameters() if p.requires_grad}
+    assert trained == {"1"} and {n.split(".")[3] for n, _ in bridge.named_parameters()} == {"0", "1"}
+    with bridge.supervise(supervision()):
+        student(**batch()).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in bridge.parameters())
+
+
 def test_projectors_follow_the_recipe(student) -> None:
     knobs = ProjectorConfig(method="elastic_bottleneck", direction="teacher_to_student", mlp_ratio=2.0, dropout=0.25)
     bridge = bridge_to(student, projector=knobs)

@@ -540,10 +540,8 @@ def test_rkv_leaves_the_reasoning_to_the_run(tiny_tokenizer, budget):
         count = min(len(ranks), budget or 99)
         assert sorted(set(ranks)) == list(range(count)) and ranks == sorted(ranks), "each is used, in time order"
         for i, segment in enumerate(row["segments"]):
-            if segment == 1:
-                assert row["math/index"][i] == -1
-            else:
-                assert row["math/rank"][i] == -1 and row["math/index"][i] == plain_row["math/index"][i]
+            assert segment == 1 or row["math/rank"][i] == -1
+        assert row["math/index"] == plain_row["math/index"], "what is not selected is taken as under segment_aware"
         assert set(row["other/rank"]) == {-1} and row["other/index"] == plain_row["other/index"], "it reads the same"
     assert aligned_share(encoded, "math") == aligned_share(aware, "math")
     batch = KVCollator(0, {"math": 0, "other": 0})(list(encoded))

@@ -53,7 +53,7 @@ def test_a_published_study_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatc
     found = json.loads((folder / "results.json").read_text())
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(found["experiment"])
-    assert set(found["arms"]) <= set(experiment.arms) and not found["quick"]
+    assert set(found["arms"]) == set(experiment.arms) and not found["missing"] and not found["quick"]
     report = (folder / "report.md").read_text()
     assert found["experiment"] in report and found["rule"] in report
     assert all((folder / picture).is_file() for picture in re.findall(r"\]\((figures/[^)]+)\)", report))
@@ -75,6 +75,10 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
              "a-b accuracy": "+50.0 points", "a accuracy p": "0.030"}  # fmt: skip
     for mark, shown in marks.items():
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
+    wrong = ("a-b accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p")
+    for mark in wrong:
+        with pytest.raises(LookupError):
+            publish.fill(f"<!-- s {mark} -->x<!-- / -->")
     assert publish.fill("<!-- results --> and <!-- table --> stay") == "<!-- results --> and <!-- table --> stay"
     publish.results.cache_clear()
 

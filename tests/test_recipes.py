@@ -497,6 +497,9 @@ def test_what_is_shorter_than_a_quick_run_stays_so() -> None:
         (["--teachers.math.weight", "2"], "teachers.math.weight has no effect"),
         (["--projector.dropout", "0.2"], "projector has no effect"),
         (["--losses.kv.weight=1", "--projector.layer_norm=false"], "projector.layer_norm has no effect: it is of"),
+        (["--losses.kv.weight=0", "--projector.init=xavier"], "projector has no effect"),
+        (["--losses.kv.weight=1", "--projector={method: none, init: xavier}"], "projector.init has no effect: method"),
+        (["--losses.kv.weight=1", "--projector={method: none, learning_rate: 0.1}"], "projector.learning_rate has no"),
         (["--evaluation.generate=false", "--evaluation.do_sample=true"], "evaluation.do_sample has no effect"),
         (
             ["--control.shuffle", "rows", "--teachers=null", "--losses.kv_relation=null"],

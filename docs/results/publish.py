@@ -1,7 +1,7 @@
 """Publish a finished experiment, and keep every figure in the documents what its results say.
 
-python docs/results/publish.py EXPERIMENT.yaml NAME    # its report into docs/results/NAME/, then all documents
-python docs/results/publish.py                         # the documents alone
+python docs/results/publish.py EXPERIMENT.yaml NAME [--seeds 1 2 3]   # its report into docs/results/NAME/, then:
+python docs/results/publish.py                                        # all documents
 
 A document takes a figure from docs/results/NAME/results.json between two comments, which a reader does not see:
 `<!-- NAME ARM METRIC -->91.2% ± 3.7<!-- / -->`. METRIC is one of the arms' metrics, or steps, tokens or seconds of the
@@ -40,19 +40,21 @@ def results(name: str) -> dict[str, Any]:
 
 
 def figure(name: str, arm: str, metric: str, other: str | None = None, form: str | None = None) -> str:
-    """A figure of a published experiment, as documents show it. KeyError where there is none."""
-    found = results(name)
-    if metric in ("steps", "tokens", "seconds"):
+    """A figure of a published experiment, as documents show it. LookupError where there is none."""
+    found, of_budget = results(name), metric in ("steps", "tokens", "seconds")
+    if (other and form) or (of_budget and (other or form)):
+        raise LookupError(f"<!-- {name} {arm} {other} {metric} {form} --> says two things at once")
+    if of_budget:
         return f"{found['budget'][arm][metric]:,.0f}"
     values = found["arms"][arm][metric]
     if other is not None:
         return f"{percent(metric, mean(values) - mean(found['arms'][other][metric]))} {unit(metric)}"
     if form == "p":
-        return p_words(next(c["p"] for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric))
+        return p_words([c["p"] for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric][0])
     if form == "mean":
         return figure_of(metric, mean(values))
     if form is not None:
-        return figure_of(metric, values[found["seeds"].index(int(form))])
+        return figure_of(metric, dict(zip(map(str, found["seeds"]), values, strict=True))[form])
     return f"{figure_of(metric, mean(values))} ± {spread_of(metric, std(values))}"
 
 
@@ -70,10 +72,14 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted(RESULTS.rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
 
 
-def publish(experiment: str, name: str) -> None:
-    """The report, remade from the finished runs."""
-    subprocess.run([sys.executable, "-m", "kv_trainer", "compare", experiment, "--report-only"], check=True)
+def publish(experiment: str, name: str, seeds: list[str]) -> None:
+    """The report, remade from the finished runs; ValueError where some are not."""
+    chosen = ["--seeds", *seeds] if seeds else []
+    subprocess.run([sys.executable, "-m", "kv_trainer", "compare", experiment, "--report-only", *chosen], check=True)
     report, target = Path(load_experiment(experiment).output_dir) / "report", RESULTS / name
+    missing = json.loads((report / "results.json").read_text(encoding="utf-8"))["missing"]
+    if missing:
+        raise ValueError(f"{experiment} is not finished: {', '.join(missing)}; run it, or give --seeds.")
     target.mkdir(exist_ok=True)
     for part in PARTS:
         shutil.copyfile(report / part, target / part)
@@ -85,11 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT.yaml")
     parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
     options = parser.parse_args()
     if options.experiment and not options.name:
         parser.error("give the NAME of its folder in docs/results too.")
     if options.experiment:
-        publish(options.experiment, options.name)
+        publish(options.experiment, options.name, options.seeds)
     for page in documents():
         text = page.read_text(encoding="utf-8")
         if fill(text) != text:

@@ -91,7 +91,8 @@ def nearer(layers: LayerMap) -> list[int]:
 def take_selected(states: KVStates, signal: TeacherSignal, layers: LayerMap, index: Tensor) -> KVStates:
     """As `take`, with the teacher's reasoning reduced to what R-KV selects, layer by layer and head by head.
 
-    states: already at the student's layers. Student positions with a rank get the selected position of that rank.
+    states: already at the student's layers. Student positions with a rank get the selected position of that rank; all
+    else that a teacher says (hidden states, logits, importance) is taken at their index, as under segment_aware.
     """
     assert signal.rank is not None and signal.segments is not None and signal.mass is not None
     rank = signal.rank if signal.rows is None else signal.rank[signal.rows]
@@ -104,7 +105,7 @@ def take_selected(states: KVStates, signal: TeacherSignal, layers: LayerMap, ind
         at = place_selected(index, rank, chosen)
         keys.append(time_resample(k, at))
         values.append(time_resample(v, at))
-    plain = take(replace(states, keys=(), values=(), layers=()), index).mask
+    plain = take(replace(states, keys=(), values=(), layers=()), index).mask & (rank < 0)
     kept = (rank >= 0) & (rank < reasoning.sum(1, keepdim=True))
     return replace(states, keys=tuple(keys), values=tuple(values), mask=plain | kept)
 

@@ -18,7 +18,7 @@ from .jobs import Job
 from .report import write_report
 from .results import Study, study_of
 from .runner import Runner, alone
-from .shared import TAKEN
+from .shared import TAKEN, finished
 from .statistics import Comparison, mean
 from .words import figure_of, finding_of, p_words, percent
 
@@ -96,6 +96,9 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
         line = f"{done:>{len(str(len(jobs)))}}/{len(jobs)}  {job.arm:<{width}}  seed {job.seed}  {what:>18}  {took}"
         console.print(line, markup=False, highlight=False)
 
+    for other in experiment.runs_from:
+        if not finished(other):
+            console.print(f"runs_from: no finished run in {other}", style="yellow", markup=False, highlight=False)
     runner = Runner(experiment, told)
     with alone(Path(experiment.output_dir)):
         failed = runner.run(jobs)

@@ -69,16 +69,16 @@ def find_games(study: Study) -> list[Game]:
     plain = [a for a in study.arms if not (study.experiment.arms[a].control or study.experiment.arms[a].seconds_of)]
     jobs = {arm: Job(study.experiment, arm, study.seeds[0]) for arm in plain}
     recipes = {arm: yaml.safe_load(job.recipe_text()) for arm, job in jobs.items()}
-    depth = max((student_layers(job) for job in jobs.values()), default=0)
-    found = (best_game(study, recipes, kind, depth) for kind in KINDS)
+    depths = {arm: student_layers(job) for arm, job in jobs.items()}
+    found = (best_game(study, recipes, kind, depths) for kind in KINDS)
     return [game for game in found if game is not None]
 
 
-def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depth: int) -> Game | None:
+def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depths: Mapping[str, int]) -> Game | None:
     metric = study.experiment.metrics[0]
     sign = -1.0 if lower_is_better(metric) else 1.0
     worths = {arm: [sign * value for value in study.values[arm][metric]] for arm in recipes}
-    teams = {arm: team_of(recipe, kind, depth) for arm, recipe in recipes.items()}
+    teams = {arm: team_of(recipe, kind, depths[arm]) for arm, recipe in recipes.items()}
     best: Game | None = None
     for whole, players in teams.items():
         if players is None or len(players) < 2:
@@ -88,7 +88,7 @@ def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depth: int) -
         for arm, team in teams.items():
             if team is not None and team <= players and stripped(recipes[arm], kind, team) == cut(alike, kind, team):
                 worth.setdefault(team, worths[arm])
-        game = Game(sorted(players), worth, whole, kind)
+        game = Game(sorted(players, key=lambda one: (len(one), one)), worth, whole, kind)
         lacking = all(players - {player} in worth for player in players)
         if lacking and (best is None or sum(worths[whole]) > sum(worths[best.whole])):
             best = game

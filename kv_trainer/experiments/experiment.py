@@ -95,6 +95,8 @@ class Experiment:
             raise ValueError(f"seeds is {self.seeds}; give one or more, each once.")
         if self.processes < 1:
             raise ValueError(f"processes is {self.processes}; give 1 or more.")
+        if self.runs_from and self.launcher:
+            raise ValueError("runs_from has no use with a launcher: other runs were not launched so. Leave one out.")
         if not self.metrics:
             raise ValueError("metrics is empty; name one or more, such as accuracy.")
 

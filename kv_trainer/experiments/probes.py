@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..bridge import KVBridge, Supervision
 from ..losses import DistillationLoss, LossInputs
-from ..losses.kv import pairs, spread
+from ..losses.base import chosen_layers
+from ..losses.kv import KVLoss, pairs, spread
 from ..types import KVStates
 
 COLLAPSE_STEPS = 40
@@ -123,24 +124,31 @@ def without_student(inputs: LossInputs) -> LossInputs:
 def collapse(bridge: KVBridge, batches: Sequence[LossInputs], learning_rate: float) -> float:
     """Relative change of the mapped target's variance when copies of its projectors alone minimise the kv term.
 
-    -0.5: it halves; the geometric mean over teachers, layers, keys and values. batches: from `without_student`.
+    -0.5: it halves; the geometric mean over teachers, the layers compared, keys and values. batches: from
+    `without_student`.
     """
     projectors: Any = copy.deepcopy(bridge.projectors).requires_grad_(True).eval()
     optimizer = torch.optim.Adam(projectors.parameters(), lr=COLLAPSE_RATE * learning_rate)
-    before = target_variance(projectors, batches)
+    loss, first = bridge.losses["kv"], next(iter(projectors.values()))
+    assert isinstance(loss, KVLoss)
+    layers = chosen_layers(loss.layers, len(first.keys))
+    before = target_variance(projectors, batches, layers)
     for step in range(COLLAPSE_STEPS):
         inputs = replace(batches[step % len(batches)], projectors=dict(projectors.items()))
         optimizer.zero_grad()
         bridge.losses["kv"](inputs).backward()
         optimizer.step()
-    return math.expm1(float((target_variance(projectors, batches) / before).log().mean()))
+    return math.expm1(float((target_variance(projectors, batches, layers) / before).log().mean()))
 
 
 @torch.no_grad()
-def target_variance(projectors: Mapping[str, nn.Module] | nn.ModuleDict, batches: Sequence[LossInputs]) -> Tensor:
-    """[teachers x layers x 2], about the mean position of each sample, averaged over samples."""
+def target_variance(
+    projectors: Mapping[str, nn.Module] | nn.ModuleDict, batches: Sequence[LossInputs], layers: Sequence[int]
+) -> Tensor:
+    """[teachers x layers x 2] of some student layers, about the mean position of each sample, averaged over samples."""
     found = []
     for inputs in batches:
-        mapped = [(t.mask, pair) for n, t in inputs.teachers.items() for pair in pairs(projectors[n](t))]
+        both = [(t.mask, pairs(projectors[n](t))) for n, t in inputs.teachers.items()]
+        mapped = [(mask, each[layer]) for mask, each in both for layer in layers]
         found.append(torch.stack([spread(x.float(), mask).square().mean() for mask, pair in mapped for x in pair]))
     return torch.stack(found).mean(0)

@@ -16,9 +16,7 @@ from typing import Any
 
 from .experiment import Experiment
 from .jobs import Job, equal_steps
-from .shared import take_finished
-
-LOG = "log.txt"
+from .shared import LOG, take_finished
 
 
 class RunFailed(ValueError):

@@ -14,23 +14,39 @@ from ..files import write_text
 from .jobs import RECORD, Job
 
 TAKEN = "taken_from"  # in the record: the run that was copied
-LEFT = ("checkpoint-*", "log.txt", "progress-*.json")
+LOG = "log.txt"
+LEFT = ("checkpoint-*", LOG, "progress-*.json")
 
 
 def take_finished(job: Job) -> bool:
     """Copy a finished run of the same settings, from the experiment's `runs_from`, to where this one would be.
 
-    Whether there was one. Of an arm whose length is another's seconds there is none: it belongs to that other run.
+    Whether there was one. Of an arm whose length is another's seconds there is none: it belongs to that other run. A
+    begun run stays what it is.
     """
-    if job.experiment.arms[job.arm].seconds_of is not None:
+    begun = job.folder.exists() and any(path.name != LOG for path in job.folder.iterdir())
+    if job.experiment.arms[job.arm].seconds_of is not None or begun:
         return False
     wanted = without_place(job.recipe_text())
     for folder in job.experiment.runs_from:
-        for path in sorted(Path(folder).glob(f"*-{job.seed}/{RECORD}")):
-            if without_place(Job.saved(path.parent)) == wanted:
+        for path in finished(folder, job.seed):
+            if settings(path) == wanted and json.loads(path.read_text(encoding="utf-8")).get("processes", 1) == 1:
                 copy(path.parent, job)
                 return True
     return False
+
+
+def finished(folder: str, seed: int | str = "*") -> list[Path]:
+    """The records of the finished runs of an experiment."""
+    return sorted(Path(folder).glob(f"*-{seed}/{RECORD}"))
+
+
+def settings(record: Path) -> dict[str, Any] | None:
+    """Of a finished run; None where they cannot be read here, and so are not those of any run that can be made here."""
+    try:
+        return without_place(Job.saved(record.parent))
+    except (ValueError, OSError):
+        return None
 
 
 def without_place(recipe: str) -> dict[str, Any]:
@@ -48,6 +64,5 @@ def copy(found: Path, job: Job) -> None:
     record = json.loads((found / RECORD).read_text(encoding="utf-8"))
     write_text(beside / "recipe.yaml", job.recipe_text())
     write_text(beside / RECORD, json.dumps({TAKEN: found.as_posix(), **record}) + "\n")
-    if target.exists():  # a begun run of the same settings
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)  # at most a log
     os.replace(beside, target)

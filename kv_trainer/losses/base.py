@@ -236,8 +236,9 @@ def chosen_layers(layers: Literal["middle", "all"] | list[int], count: int) -> l
         return list(range(count // 3, count - count // 3))
     if layers == "all":
         return list(range(count))
-    if isinstance(layers, str) or not layers or any(not 0 <= layer < count for layer in layers):
+    wrong = isinstance(layers, str) or not layers or len(set(layers)) < len(layers)
+    if wrong or any(not 0 <= layer < count for layer in layers):  # type: ignore[operator]
         raise ValueError(
-            f"layers is {layers!r}; give 'middle', 'all', or a list of student layers, from 0 to {count - 1}."
+            f"layers is {layers!r}; give 'middle', 'all', or a list of unlike student layers, from 0 to {count - 1}."
         )
     return list(layers)

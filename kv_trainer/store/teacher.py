@@ -152,7 +152,7 @@ def open_teacher(
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
             "model": told["model"], "revision": told["asked_revision"], "chat": told["chat"],
-            "text": told["text"], "loaded": told.get("loaded"), "random": told.get("random"),
+            "text": told["text"], "loaded": told.get("loaded", how_loaded(given)), "random": told.get("random"),
         }},
     }  # fmt: skip
     if record["form"] == "raw":  # of any student; but the teacher must read what it read then

@@ -2,7 +2,7 @@
 
 python recipes/quickstart/make_data.py [--rows 4000] [--output recipes/quickstart/data]
 
---rows: to train on, half of them of each task; more of them begin with the same. Test and dev stay as they are.
+--rows: to train on, half of them of each task; more of them hold the same ones too. Test and dev stay as they are.
 """
 
 from __future__ import annotations

@@ -236,6 +236,24 @@ def test_the_reasoning_is_what_r_kv_selects_layer_by_layer_and_head_by_head() ->
     assert len(set(picked)) == HEADS, "heads differ, so the test tells them apart"
 
 
+def test_what_is_not_selected_is_taken_at_the_index_under_r_kv() -> None:
+    """Hidden states, logits and importance of a reasoning that differs, and keys and values without any selection."""
+    given, index, rank = selected()
+    everywhere = replace(given, index=between())
+    found = align(everywhere, LAYERS, MASK, answers=ANSWERS)
+    plain = align(replace(everywhere, rank=None, mass=None, segments=None), LAYERS, MASK, answers=ANSWERS)
+    assert rank[0, ANSWERS[0]] >= 0 and rank[2, ANSWERS[2]] < 0
+    for ours, theirs in zip(found.hidden, plain.hidden, strict=True):
+        assert torch.equal(ours, theirs) and ours[0].abs().sum() > 0
+    assert torch.equal(found.last, plain.last) and torch.equal(found.importance, plain.importance)
+    chosen = align(given, LAYERS, MASK)
+    where = rank >= 0
+    for ours, theirs in zip(found.kv.keys, chosen.kv.keys, strict=True):
+        assert torch.equal(ours.transpose(1, 2)[where], theirs.transpose(1, 2)[where])
+    assert torch.equal(found.kv.mask[where], chosen.kv.mask[where])
+    assert torch.equal(found.kv.mask[~where], plain.kv.mask[~where])
+
+
 def test_r_kv_of_some_rows_is_that_of_the_whole_batch() -> None:
     whole = align(selected()[0], LAYERS, MASK)
     found = align(selected([0, 2])[0], LAYERS, MASK)

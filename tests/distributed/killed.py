@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,11 +32,12 @@ BY_FILE, BY_TIME, STEPS = 16, 6, 150
 Losses = {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5)}
 
 
-def train(folder: Path, resume: bool) -> None:
+def train(folder: Path, resume: bool, **changes: Any) -> None:
     world = World(build_model, build_tokenizer)
     trainer = world.trainer(
-        folder, Losses, max_steps=STEPS, save_strategy="steps", save_steps=1, save_total_limit=2, optim="adamw_torch",
-        learning_rate=1e-3, projector=ProjectorConfig(dropout=0.0),
+        folder, Losses, max_steps=STEPS, optim="adamw_torch", learning_rate=1e-3,
+        projector=ProjectorConfig(dropout=0.0),
+        **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, **changes},
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -64,7 +66,7 @@ def main() -> None:
     folder, records = base / "killed", []
     whole = os.fork()
     if whole == 0:
-        train(base / "whole", resume=False)
+        train(base / "whole", resume=False, save_strategy="no")
         os._exit(0)
     assert os.waitpid(whole, 0)[1] == 0
     for attempt in range(BY_FILE + BY_TIME + 1):

@@ -1,7 +1,7 @@
 """Commands of kv-trainer, one after another: warm.py JOB.json. Not a test: test_faults.py starts it.
 
 JOB.json: [{"arguments", "output", "largest_file"}]; `output` gets what the command writes to stderr, `output`.status
-its exit status. Every command is a fork of this process, which has imported everything and started no thread.
+its exit status. Every command is a fork of this process, which has imported everything and computed nothing.
 """
 
 from __future__ import annotations

@@ -311,7 +311,7 @@ def test_the_variance_is_that_of_the_mapped_states(world: World, tmp_path: Path)
     passed = run_student(trainer, next(real_batches(trainer, 3, 3)))
     inputs = without_student(trainer.bridge.inputs(passed.given, passed.logits, passed.states))
     assert not any(x.requires_grad for x in (*inputs.student.keys, *inputs.student.values))
-    found, expected = target_variance(trainer.bridge.projectors, [inputs]), []
+    found, expected = target_variance(trainer.bridge.projectors, [inputs], [0, 1]), []
     with torch.no_grad():
         for name, teacher in inputs.teachers.items():
             mapped = trainer.bridge.projectors[name](teacher)

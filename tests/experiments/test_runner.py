@@ -15,6 +15,7 @@ import pytest
 from kv_trainer.experiments.experiment import load_experiment
 from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.runner import Runner, alone
+from kv_trainer.experiments.shared import take_finished
 
 FAKE = """
 import json, os, pathlib, sys, time
@@ -105,6 +106,28 @@ def test_runs_of_another_experiment_with_the_same_settings_are_taken(monkeypatch
     taken = Job(second.experiment, "base", 1).folder
     assert sorted(p.name for p in taken.iterdir()) == ["arm.json", "recipe.yaml"]
     assert (taken / "recipe.yaml").read_text() == text(Job(second.experiment, "base", 1))
+
+
+def test_a_begun_run_stays_and_one_that_cannot_be_read_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(folder: Path) -> str:
+        if folder.name == "bad-1":
+            raise ValueError("Unknown key")
+        return "{training: {max_steps: 10}}"
+
+    monkeypatch.setattr(Job, "saved", staticmethod(saved))
+    one = runner("{ce: {}}")
+    one.experiment.runs_from = ["other"]
+    job = Job(one.experiment, "ce", 1)
+    for name in ("bad-1", "good-1"):
+        (Path("other") / name).mkdir(parents=True)
+        (Path("other") / name / "arm.json").write_text(json.dumps({"processes": 2 if name == "good-1" else 1}))
+    assert not take_finished(job), "a run of two processes sees other batches"
+    (Path("other") / "good-1" / "arm.json").write_text("{}")
+    (job.folder / "checkpoint-5").mkdir(parents=True)
+    assert not take_finished(job) and (job.folder / "checkpoint-5").exists()
+    (job.folder / "checkpoint-5").rmdir()
+    (job.folder / "log.txt").write_text("failed")
+    assert take_finished(job) and read(job.folder) == {"taken_from": "other/good-1"}
 
 
 def read(folder: Path) -> dict | None:
