@@ -7,10 +7,14 @@ step_over_floor: cross-entropy, KV relation and attention weighting by the teach
 and CKA added. step_over_floor_confidence: as the first, fused by confidence, in its first epoch, where both teachers'
 heads score every row. All run in turn, in one process, and are compared within a repeat.
 Student of 8 layers and width 512, teachers of 12 layers and width 640, Qwen2's and Llama's, vocabulary 8,192;
---size small: student of 4 layers and width 256, teachers as the student above; --size tiny: smaller still.
+--size small: student of 4 layers and width 256, teachers as the student above; --size tiny: smaller still. On a GPU
+teachers are in bfloat16, and with --peak, in TFLOP/s, the share of it that the first step reaches is told.
 """
 
 from __future__ import annotations
+
+import argparse
+import statistics
 
 import torch
 from common import (
@@ -32,12 +36,14 @@ from common import (
 
 from kv_trainer.fusion import Confidence, Uniform
 from kv_trainer.losses import CKALoss, CODILoss, CrossEntropy, KVRelationLoss
+from kv_trainer.trainer import MultiTeacherKVTrainer
 
 VOCABULARY = 8192
 
 
 def main() -> None:
-    options = sized(parser(__doc__, length=256, batch=4, steps=2))
+    options = sized(parser(__doc__, length=256, batch=4, steps=2, peak=0))
+    precision = torch.float32 if options.device == "cpu" else torch.bfloat16
     torch.set_num_threads(options.threads)
     reads, others = tokenizer(600), {"qwen2": tokenizer(450), "llama": tokenizer(900)}
     rows = text_rows(4 * options.batch, options.length, reads)
@@ -47,6 +53,8 @@ def main() -> None:
             family: (build(LARGER[options.size], VOCABULARY, family, seed, rope_theta=1e4 * 10**seed), reader)
             for seed, (family, reader) in enumerate(others.items())
         }
+        for model, _ in teachers.values():
+            model.to(precision)
         losses = {"cross_entropy": CrossEntropy(), **more}
         losses["kv_relation"] = KVRelationLoss(attention="teacher", attention_warmup_steps=0)
         student = build(options.size, VOCABULARY)
@@ -72,7 +80,21 @@ def main() -> None:
     floor = [p + b for p, b in zip(taken["plain"], taken["backbones"], strict=True)]
     about = f"{options.size} student, batch {options.batch} x {options.length}"
     found = [row(name, over(taken[name], floor), about) for name in steps]
-    save(options.json, found, options.device, seconds=taken)
+    speed = throughput(ours, statistics.median(taken["step_over_floor"]), options)
+    save(options.json, found, options.device, seconds=taken, throughput=speed)
+
+
+def throughput(ours: MultiTeacherKVTrainer, seconds: float, options: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second, and FLOP/s by 6 a parameter and token of the student, 2 of a teacher's backbone; printed."""
+    tokens = options.batch * options.length
+    backbones = [t.model.get_decoder() for t in ours.teachers.values()]
+    inner = [b.num_parameters() - b.get_input_embeddings().weight.numel() for b in backbones]
+    bridge = sum(p.numel() for p in ours.bridge.parameters())
+    flops = tokens * (6 * (ours.model.num_parameters() - bridge) + 2 * sum(inner)) / seconds
+    found = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
+    found |= {"share_of_peak": flops / options.peak / 1e12} if options.peak else {}
+    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()), flush=True)
+    return found
 
 
 if __name__ == "__main__":
