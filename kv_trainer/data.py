@@ -218,7 +218,8 @@ class KVCollator:
     """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; those and index [B, T] a teacher.
 
     Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
-    segments [B, S] and rank [B, T]. index is long, or float where it lies between positions; all are padded with -1.
+    segments [B, S] and rank [B, T]; where the teacher reads some of the rows alike, `distinct` and `again`, see
+    `repetitions`. index is long, or float where it lies between positions; all are padded with -1.
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
     a stored teacher the column of tokens by which its rows are found, and what reads them; found under `stored`.
     """
@@ -238,6 +239,7 @@ class KVCollator:
                 **text_batch(rows, f"{name}/", pad),
                 **positions(rows, f"{name}/", ("index", "segments", "rank")),
                 "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
+                **repetitions(rows, f"{name}/"),
             }
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
@@ -247,6 +249,17 @@ class KVCollator:
                 ids = [row[column] for row in rows]
                 batch["teachers"][name]["stored"] = read(ids, max(map(len, ids)))
         return batch
+
+
+def repetitions(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Tensor]:
+    """distinct: [b], the first sample of each text; again: [B], which of these each sample is. Empty if all differ."""
+    read = [f"{prefix}{name}" for name in ("input_ids", "labels", "segments", "supervised")]
+    texts = [tuple(tuple(x) if isinstance(x := row.get(name), list) else x for name in read) for row in rows]
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    if len(number) == len(rows):
+        return {}
+    again = [number[text] for text in texts]
+    return {"distinct": torch.tensor([again.index(i) for i in range(len(number))]), "again": torch.tensor(again)}
 
 
 def positions(rows: Sequence[Mapping[str, Any]], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from .profiling import part
 from .types import KVShape, KVStates, TeacherSignal
 from .vocabulary import Head, output_head, shared_tokens
 
+TEXT = ("input_ids", "attention_mask", "labels", "segments", "supervised")  # all that a teacher reads of a batch
 CHUNK = 1024  # positions whose logits are made at a time
 
 
@@ -135,31 +136,36 @@ class Teacher:
         """What the teacher says about a batch, or about some `rows` [b] of it.
 
         batch: input_ids, attention_mask, labels [B, S] of this teacher's tokens; index [B, T]; supervised [B].
+        Samples that are the same text are read once, where the batch says which these are (`distinct`, `again`).
         scores: also likelihood and entropy, if this run needs them; weighing: also the importance of positions.
         """
-        text = {k: batch[k] for k in ("input_ids", "attention_mask", "labels", "segments") if k in batch}
+        again = batch.get("again") if rows is None and not self.needs.queries and self._compiled is None else None
+        text = {k: batch[k] for k in TEXT if k in batch}
+        if again is not None:
+            text = {k: v[batch["distinct"]] for k, v in text.items()}
         if rows is not None:
             longest = int(text["attention_mask"][rows].any(0).nonzero().max()) + 1
-            text = {k: v[rows, :longest] for k, v in text.items()}
+            text = {k: v[rows, :longest] if v.dim() > 1 else v[rows] for k, v in text.items()}
         scores = scores and self.needs.scores
         kv, last = self._run(text, whole=scores or self.needs.final)
         nll = entropy = None
         if scores:
             assert last is not None and rows is None, "scores are of whole batches"
             with part("teachers' scores"):
-                nll, entropy = self._scores(last, text["labels"], batch["supervised"])
+                nll, entropy = self._scores(last, text["labels"], text["supervised"])
         weights = None
         if self.needs.importance and weighing:
             with part("teachers' importance"):
                 weights = importance(kv, text["labels"])
         # Queries that only weigh positions are not carried on.
-        return TeacherSignal(
+        found = TeacherSignal(
             kv if self.needs.queries else replace(kv, queries=None, attention=None), batch["index"], nll, rows, entropy,
             weights,
             last if self.needs.final else None,
             batch.get("rank"), text.get("segments"),
             attention_mass(kv, text["labels"], by_head=True) if self.needs.mass else None,
         )  # fmt: skip
+        return found if again is None else found.repeated(again)
 
     @torch.no_grad()
     def _run(self, text: Mapping[str, Tensor], whole: bool) -> tuple[KVStates, Tensor | None]:

@@ -138,6 +138,20 @@ class TeacherSignal:
     segments: Tensor | None = None
     mass: list[Tensor] | None = None
 
+    def repeated(self, rows: Tensor) -> TeacherSignal:
+        """What was said about some samples, as said about a batch in which they come again: rows [B] of [b]."""
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        kv, mass = self.kv, self.mass
+        assert kv.queries is None, "how queries become logits may depend on the sample"
+        hidden = None if kv.hidden is None else tuple(x[rows] for x in kv.hidden)
+        return replace(
+            self, kv=replace(kv.map(lambda x: x[rows], kv.mask[rows]), hidden=hidden), nll=take(self.nll),
+            entropy=take(self.entropy), importance=take(self.importance), last=take(self.last),
+            segments=take(self.segments), mass=None if mass is None else [x[rows] for x in mass],
+        )  # fmt: skip
+
     def scored(self, nll: Tensor, entropy: Tensor) -> TeacherSignal:
         """The same signal with scores [B] that were known already."""
         return replace(self, nll=nll, entropy=entropy)

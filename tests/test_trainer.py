@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from kv_trainer import data
 from kv_trainer.arguments import ControlConfig, ProjectorConfig, TeacherConfig
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.data import text_batch
-from kv_trainer.fusion import Confidence
-from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
+from kv_trainer.fusion import Confidence, Fusion, Uniform
+from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
 from kv_trainer.teachers import Teacher
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
@@ -285,6 +286,34 @@ def test_skipping_teachers_without_a_share_changes_nothing(run, start, monkeypat
     full.panel.signals = lambda batch, _: {n: t.signal(batch["teachers"][n]) for n, t in full.teachers.items()}
     full.train()
     assert_same_run(skipping, full)
+
+
+@pytest.mark.parametrize("fusion", [Confidence(), Uniform()], ids=["confidence", "uniform"])
+def test_rows_that_a_teacher_reads_alike_are_read_once(world, tmp_path: Path, monkeypatch, fusion: Fusion) -> None:
+    """All that a teacher can say is used; the run is the one in which every row is read."""
+    losses = {
+        "cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5), "codi": CODILoss(), "logit_kd": LogitKD(weight=0.1),
+        "kv_relation": KVRelationLoss(attention="teacher", attention_warmup_steps=0),
+    }  # fmt: skip
+    rows = world.encoded.select([0, 1, 0, 2, 2, 2, 3, 4]).remove_columns("row").add_column("row", [*range(8)])
+    rows = rows.remove_columns("answer_position").add_column("answer_position", [3] * 8)
+    kept: list[MultiTeacherKVTrainer] = []
+    read: list[int] = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(data, "repetitions", lambda rows, prefix: {})
+        options = {"rows": rows, "fusion": fusion, "per_device_train_batch_size": 8, "max_steps": 1}
+        trainer = world.trainer(tmp_path / str(apart), losses, projector=ProjectorConfig(dropout=0.0), **options)
+        seen: list[int] = []
+        for teacher in trainer.teachers.values():
+            teacher.model.base_model.register_forward_pre_hook(
+                lambda *given, seen=seen: seen.append(len(given[2]["input_ids"])), with_kwargs=True
+            )
+        trainer.train()
+        kept.append(trainer)
+        read.append(sum(seen[-2:]))
+    assert read == [2 * 5, 2 * 8]
+    assert_same_run(*kept, tolerance=1e-5)
 
 
 def test_rows_with_the_same_number_are_refused(start, world) -> None:
