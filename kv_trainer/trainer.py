@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,6 +45,7 @@ from .routing import RoutingLog
 from .store.teacher import StoredTeacher, open_teacher
 from .teachers import Teacher, TeacherPanel
 
+GRACE = 3.0  # seconds until the end of a loader worker is known
 
 class MultiTeacherKVTrainer(HubTrainer):
     """A Trainer whose student also learns from the keys and values of several teachers.
@@ -173,9 +175,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         try:
             with part("data"):
                 batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch; torch tells of the rest
+        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
             if not self.args.dataloader_num_workers:
                 raise
+            time.sleep(GRACE)  # where torch learns of its end, it says which one, here and not while we leave
             raise RuntimeError(f"A DataLoader worker exited unexpectedly while it sent a batch ({error}).") from error
         samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
         if self.args.world_size > 1:
