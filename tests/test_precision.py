@@ -201,7 +201,7 @@ def test_compiled_models_are_one_graph_each_and_teach_the_same(
     plain = trained(world, tmp_path, losses, **batch)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = trained(world, tmp_path, losses, torch_compile_backend="eager", **batch)
+    compiled = trained(world, tmp_path, losses, torch_compile_backend="aot_eager", **batch)
     counters = torch._dynamo.utils.counters
     assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
     assert not counters["graph_break"]
