@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .alignment.heads import TeacherProjectors, auto_mlp_ratio
 from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .alignment.rope import rerotate
@@ -27,6 +26,7 @@ from .fusion import FusionInputs, Router, check_given, teacher_shares
 from .importance import importance
 from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
 from .losses.base import chosen_layers
+from .maps import head_projectors, hidden_projectors
 from .profiling import part
 from .teachers import TeacherNeeds
 from .types import KVShape, KVStates, TeacherSignal
@@ -98,11 +98,11 @@ class KVBridge(nn.Module):
         self.balance = Balance(self.losses)
         self.projectors: Any = nn.ModuleDict()
         self.hidden_projectors: Any = nn.ModuleDict()
-        compared: list[Any] = [getattr(x, "layers", "all") for x in self.losses.values() if "projectors" in x.needs]
+        mapping: list[Any] = [getattr(x, "layers", "all") for x in self.losses.values() if "projectors" in x.needs]
+        compared = {layer for chosen in mapping for layer in chosen_layers(chosen, student.num_layers)}
         for name, shape in teachers.items():
             if "projectors" in self.requires:
-                self.projectors[name] = maps = head_projectors(student, shape, args)
-                rest(maps, {layer for chosen in compared for layer in chosen_layers(chosen, student.num_layers)})
+                self.projectors[name] = head_projectors(student, shape, args, compared)
             if "hidden_projectors" in self.requires:
                 self.hidden_projectors[name] = hidden_projectors(student, shape)
         gated = isinstance(self.fusion, Router) and len(teachers) > 1
@@ -305,27 +305,3 @@ def check_layers(name: str, loss: DistillationLoss, count: int) -> None:
         chosen_layers(getattr(loss, "layers", "all"), count)
     except ValueError as error:
         raise ValueError(f"losses.{name}.{error}") from None
-
-
-def head_projectors(student: KVShape, teacher: KVShape, args: MultiTeacherKVConfig) -> TeacherProjectors:
-    knobs = args.projector
-    ratio = auto_mlp_ratio(teacher.num_parameters) if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
-    return TeacherProjectors(
-        student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout,
-        layer_norm=knobs.layer_norm, activation=knobs.activation,
-    )  # fmt: skip
-
-
-def rest(projectors: TeacherProjectors, compared: set[int]) -> None:
-    """Freeze the maps of layers that no loss compares: DDP waits for the gradient of every other parameter."""
-    for maps in (projectors.keys, projectors.values):
-        for layer, module in enumerate(maps):
-            module.requires_grad_(layer in compared)
-
-
-def hidden_projectors(student: KVShape, teacher: KVShape) -> nn.ModuleList:
-    """For the embeddings and every student layer, a linear map to the teacher's width; none where they agree."""
-    same = student.hidden_size == teacher.hidden_size
-    maps = (nn.Identity() if same else nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
-            for _ in range(student.num_layers + 1))  # fmt: skip
-    return nn.ModuleList(maps)

@@ -239,7 +239,7 @@ class KVCollator:
                 **text_batch(rows, f"{name}/", pad),
                 **positions(rows, f"{name}/", ("index", "segments", "rank")),
                 "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
-                **repetitions(rows, f"{name}/"),
+                **({} if name in self.stores else repetitions(rows, f"{name}/")),
             }
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns

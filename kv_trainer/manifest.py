@@ -20,11 +20,12 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapters import peft_section
+from .arguments import MultiTeacherKVConfig, ProjectorConfig
 from .files import write_text
 from .fusion import method_of
+from .losses import LOSSES
 
 if TYPE_CHECKING:
-    from .arguments import MultiTeacherKVConfig
     from .data import Reader
     from .teachers import Teacher
 
@@ -144,7 +145,7 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
     path = folder / MANIFEST_FILE
     if not path.exists():
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = completed(json.loads(path.read_text(encoding="utf-8")))
     now = json.loads(json.dumps(manifest))  # as JSON has it
     for told in (saved, now):  # the hash of its weights says which teacher it is, wherever it came from
         for teacher in told.get("teachers", {}).values():
@@ -161,6 +162,14 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
             "%s: %s. Weights, optimizer and schedule go on; the rest of the run is not what it would have been.",
             folder.name, "; ".join(free),
         )  # fmt: skip
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of an older version: knobs that it does not know were as their defaults are."""
+    told = {name: (LOSSES.get(name), loss) for name, loss in saved.get("losses", {}).items()}
+    losses = {name: {**(asdict(kind()) if kind else {}), **loss} for name, (kind, loss) in told.items()}
+    projector = {**asdict(ProjectorConfig()), **saved.get("projector", {})}
+    return {**saved, "losses": losses, "projector": projector, "resting": saved.get("resting", [])}
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:

@@ -47,6 +47,7 @@ from .teachers import Teacher, TeacherPanel
 
 GRACE = 3.0  # seconds until the end of a loader worker is known
 
+
 class MultiTeacherKVTrainer(HubTrainer):
     """A Trainer whose student also learns from the keys and values of several teachers.
 
@@ -109,6 +110,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
         )
         self.manifest["bridge"] = {name: list(tensor.shape) for name, tensor in self.bridge.state_dict().items()}
+        self.manifest["resting"] = [name for name, p in self.bridge.named_parameters() if not p.requires_grad]
         for name, teacher in self.teachers.items():
             teacher.place(name, args.device)
             teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())

@@ -72,7 +72,6 @@ class KVStates:
             mask=self.mask if mask is None else mask,
         )
 
-
     def to(self, device: torch.device) -> KVStates:
         """The same states on one device."""
         if all(x.device == device for x in (*self.keys, *(self.hidden or ()))):
@@ -140,6 +139,7 @@ class TeacherSignal:
 
     def repeated(self, rows: Tensor) -> TeacherSignal:
         """What was said about some samples, as said about a batch in which they come again: rows [B] of [b]."""
+
         def take(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
 

@@ -15,14 +15,14 @@ from helpers_trainer import World, curve
 from peft import LoraConfig
 from torch import nn
 
-from kv_trainer.arguments import AlignmentConfig, ControlConfig, LayerAlignment, TeacherConfig
+from kv_trainer.arguments import AlignmentConfig, ControlConfig, LayerAlignment, ProjectorConfig, TeacherConfig
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.checks import check_arguments
 from kv_trainer.data import Reader
 from kv_trainer.files import beside, folder_beside
 from kv_trainer.fusion import Uniform
 from kv_trainer.losses import CrossEntropy, GradientShare, KVLoss, KVRelationLoss
-from kv_trainer.manifest import MANIFEST_FILE, fingerprint, last_whole, tokenizer_hash, what_is_missing
+from kv_trainer.manifest import MANIFEST_FILE, check_match, fingerprint, last_whole, tokenizer_hash, what_is_missing
 from kv_trainer.placement import resident
 from kv_trainer.teachers import Teacher
 
@@ -156,6 +156,26 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_losses_that_need_another_bridge_are_refused(world: World, run: Path, weight: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"checkpoint-3 is of another run: .*{message}"):
         world.trainer(run, losses(weight), **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_knobs_that_an_older_version_did_not_have_were_as_by_default(world: World, run: Path, caplog: Any) -> None:
+    path = run / "checkpoint-3" / MANIFEST_FILE
+    saved = json.loads(path.read_text())
+    del saved["projector"]["activation"], saved["losses"]["kv"]["layers"], saved["resting"]
+    path.write_text(json.dumps(saved))
+    world.trainer(run, losses(), **SAVING).train(resume_from_checkpoint=True)
+    assert "the rest of the run is not what it would have been" not in caplog.text
+    with pytest.raises(ValueError, match='projector.activation was "silu", is "gelu"'):
+        other = world.trainer(run, losses(), **SAVING, projector=ProjectorConfig(dropout=0.0, activation="gelu"))
+        check_match(run / "checkpoint-3", other.manifest, sharded=False)
+
+
+def test_other_layers_of_the_maps_are_refused(world: World, run: Path) -> None:
+    """The optimizer's state is of the maps that were trained."""
+    changed = losses()
+    changed["kv"] = replace(changed["kv"], layers=[1])
+    with pytest.raises(ValueError, match="checkpoint-3 is of another run: .*resting was "):
+        world.trainer(run, changed, **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_another_control_or_other_adapters_are_refused(world: World, run: Path, tmp_path: Path) -> None:

@@ -57,12 +57,13 @@ def align(
 
     def hidden(answers: Tensor) -> tuple[Tensor, ...]:
         """Of the one position alone: all others would be resampled in every layer, and looked at by nobody."""
-        at = answers.clamp_min(0)[:, None] if positions is None else positions.gather(1, answers.clamp_min(0)[:, None])
-        at = at.roll(-1, 0) if shuffle else at
-        at = signal.index.gather(1, at)
-        at = at if rows is None else at[rows]
+        ours = answers.clamp_min(0)[:, None]
+        ours = ours if positions is None else positions.gather(1, ours)
+        theirs = signal.index.gather(1, ours.roll(-1, 0) if shuffle else ours)
+        theirs = theirs if rows is None else theirs[rows]
         assert signal.kv.hidden is not None
-        return mapped_hidden([batch(time_resample(x, at))[:, 0] for x in signal.kv.hidden], signal.kv.layers, layers)
+        taken = [batch(time_resample(x, theirs))[:, 0] for x in signal.kv.hidden]
+        return mapped_hidden(taken, signal.kv.layers, layers)
 
     states = signal.kv if kv else replace(signal.kv, keys=(), values=(), layers=())
     states = replace(states, queries=None, attention=None, hidden=None)

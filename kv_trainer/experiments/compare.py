@@ -142,4 +142,3 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
 def cells(one: Comparison) -> tuple[str, str, str, str]:
     low, high = (None if x is None else percent(one.metric, x) for x in (one.low, one.high))
     return percent(one.metric, one.difference), "-" if low is None else f"{low} to {high}", p_words(one.p), one.verdict
-

@@ -14,6 +14,7 @@ import yaml
 from ..losses.base import chosen_layers
 from .jobs import Job
 from .results import Study
+from .shared import without_place
 from .statistics import lower_is_better
 
 Team = frozenset[str]
@@ -117,7 +118,7 @@ def team_of(recipe: Mapping[str, Any], kind: str, depth: int) -> Team | None:
 
 def stripped(recipe: Mapping[str, Any], kind: str, team: Team | None = None) -> dict[str, Any]:
     """A recipe without what says its team, nor where it is written; of a team, without what cannot matter to it."""
-    found = {**recipe, "training": {k: v for k, v in recipe["training"].items() if k != "output_dir"}}
+    found = without_place(recipe)
     if kind != "teacher":
         found["losses"] = {
             name: {k: v for k, v in loss.items() if k != KINDS[kind]} for name, loss in recipe["losses"].items()

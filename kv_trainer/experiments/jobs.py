@@ -16,7 +16,7 @@ from ..recipe_tree import RecipeError
 from ..recipes import dump_recipe, load_recipe
 from .experiment import Experiment
 
-RECORD = "arm.json"
+RECORD, LOG = "arm.json", "log.txt"
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .experiment import Experiment
-from .jobs import Job, equal_steps
-from .shared import LOG, take_finished
+from .jobs import LOG, Job, equal_steps
+from .shared import take_finished
 
 
 class RunFailed(ValueError):

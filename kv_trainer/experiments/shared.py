@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..files import write_text
-from .jobs import RECORD, Job
+from .jobs import LOG, RECORD, Job
 
 TAKEN = "taken_from"  # in the record: the run that was copied
-LOG = "log.txt"
 LEFT = ("checkpoint-*", LOG, "progress-*.json")
 
 
@@ -27,7 +27,7 @@ def take_finished(job: Job) -> bool:
     begun = job.folder.exists() and any(path.name != LOG for path in job.folder.iterdir())
     if job.experiment.arms[job.arm].seconds_of is not None or begun:
         return False
-    wanted = without_place(job.recipe_text())
+    wanted = without_place(yaml.safe_load(job.recipe_text()))
     for folder in job.experiment.runs_from:
         for path in finished(folder, job.seed):
             if settings(path) == wanted and json.loads(path.read_text(encoding="utf-8")).get("processes", 1) == 1:
@@ -44,15 +44,14 @@ def finished(folder: str, seed: int | str = "*") -> list[Path]:
 def settings(record: Path) -> dict[str, Any] | None:
     """Of a finished run; None where they cannot be read here, and so are not those of any run that can be made here."""
     try:
-        return without_place(Job.saved(record.parent))
+        return without_place(yaml.safe_load(Job.saved(record.parent)))
     except (ValueError, OSError):
         return None
 
 
-def without_place(recipe: str) -> dict[str, Any]:
+def without_place(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a resolved recipe, but where it is written."""
-    found = yaml.safe_load(recipe)
-    return {**found, "training": {k: v for k, v in found["training"].items() if k != "output_dir"}}
+    return {**recipe, "training": {k: v for k, v in recipe["training"].items() if k != "output_dir"}}
 
 
 def copy(found: Path, job: Job) -> None:
