@@ -66,8 +66,9 @@ def encode_rows(
 
     Columns: row (its number), input_ids, labels, answer_position (see text.Encoded), task (a number, see `task_names`;
     where rows have one), and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and `<teacher>/supervised`;
-    plus those of `keep`, for evaluation EVALUATED, where task is the text. index is of ints under time `same_text`
-    and `truncate`, of floats else. `segment_aware` and `rkv` add segments and `<teacher>/segments`, and `rkv` adds
+    plus those of `keep`, for evaluation EVALUATED, where task is the text and labels are on completions alone. index
+    is of ints under time `same_text` and `truncate`, of floats else. `segment_aware` and `rkv` add segments and
+    `<teacher>/segments`, and `rkv` adds
     `<teacher>/rank`: for a student position whose reasoning differs, of which of the teacher's selected reasoning
     positions, in time order, it is taught the keys and values; -1 elsewhere. The longest rank + 1 is the row's budget.
     """
@@ -81,8 +82,11 @@ def encode_rows(
         template = getattr(config, name)
         return filled(template, row) if template else row.get(name) if name in columns else None
 
+    # What is evaluated is the completion, whatever was learned: else arms would not be measured alike.
+    prompts_too = config.train_on_prompt and not keep
+
     def encode_as(example: Example, reader: Reader) -> Encoded:
-        return encode(example, reader, config.max_length, config.train_on_prompt, config.truncation_side)
+        return encode(example, reader, config.max_length, prompts_too, config.truncation_side)
 
     def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         example = example_of(row, config)

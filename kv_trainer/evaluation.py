@@ -91,6 +91,18 @@ def evaluate_rows(
     return {f"eval_{name}": value for name, value in results.items()}, found
 
 
+def check_prompts(rows: datasets.Dataset, config: EvaluationConfig) -> None:
+    """ValueError, before anything is trained, where an answer is asked for without a prompt to ask it by."""
+    if not config.generate:
+        return
+    for row in rows.select_columns(["prompt_ids", "answer"]):
+        if row["answer"] not in (None, "") and not row["prompt_ids"]:
+            raise ValueError(
+                "Evaluation rows have an answer but no prompt that it could be generated from; give data.prompt, or "
+                "set evaluation.generate to false."
+            )
+
+
 def write_predictions(target: str | os.PathLike[str], found: list[dict[str, Any]]) -> None:
     """What `evaluate_rows` found, a line of JSON a row. The file appears whole."""
     write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
@@ -137,7 +149,7 @@ def generate_texts(
     progress: bool = False,
     numbers: Sequence[int] | None = None,
 ) -> list[str]:
-    """Each prompt's continuation, greedy or sampled, up to the end-of-text token or `config.max_new_tokens`.
+    """Each prompt's continuation, greedy or sampled, up to an end token (see _ends) or `config.max_new_tokens`.
 
     numbers: of the prompts' rows, by which they are sampled; default their places in the list.
     """
@@ -175,13 +187,20 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         do_sample=False,
         use_cache=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(tokenizer, former),
         pad_token_id=_pad_id(tokenizer),
     )
     try:
         yield
     finally:
         owner.generation_config = former
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int] | None:
+    """Every token at which an answer ends: the tokenizer's, and the checkpoint's own, such as the end of a turn."""
+    own = getattr(config, "eos_token_id", None)
+    own = own if isinstance(own, (list, tuple)) else [own]
+    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *own]) if i is not None] or None
 
 
 @contextmanager

@@ -146,6 +146,17 @@ def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return lists[0]
 
 
+def stop_also_at(model: nn.Module, token: int | None) -> None:
+    """Let the answers that a model generates end at this token too; its checkpoint keeps that."""
+    config = getattr(model, "generation_config", None)
+    if config is None or token is None:
+        return
+    known = config.eos_token_id
+    known = [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
+    if token not in known:
+        config.eos_token_id = [*known, token]
+
+
 def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Stop the gradient of every parameter whose name contains a pattern; one that matches nothing is an error."""
     for pattern in patterns:

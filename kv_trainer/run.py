@@ -17,9 +17,10 @@ from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
-from .models import load_tokenizer, same_tokenizer
+from .models import load_tokenizer, same_tokenizer, stop_also_at
 from .recipes import dump_recipe
 from .store.teacher import StoredTeacher
+from .text import turn_end
 from .trainer import MultiTeacherKVTrainer
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ def train(
     fit = trainer.train(resume_from_checkpoint=checkpoint)
     last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
     results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
+    trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow
     if trainer.eval_dataset is not None:
         results.update(trainer.evaluate())
-    trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow
     trainer.save_state()
     if main:
         write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
@@ -121,6 +122,7 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=recipe.student.trust_remote_code))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
+    stop_also_at(student, turn_end(reader))
     encoded = encode_rows(rows, reader, {}, data, keep=EVALUATED)
     results, found = evaluate_rows(student, tokenizer, encoded, recipe.args.evaluation)
     if predictions is not None:

@@ -166,6 +166,18 @@ def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
     )
 
 
+def turn_end(reader: Reader) -> int | None:
+    """The special token with which the chat template ends an answer; None without a chat, or such a token."""
+    if not reader.chat:
+        return None
+    tokenizer, example = reader.tokenizer, Example([{"role": "user", "content": "a"}], "b")
+    text, places = render(example, reader)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    behind = [i for i, (start, _) in zip(out["input_ids"], out["offset_mapping"]) if start >= places[-1].end]
+    added = tokenizer.added_tokens_decoder
+    return next((token for token in behind if token in added and added[token].special), None)
+
+
 def assemble(between: Sequence[str], parts: Sequence[str], leads: Sequence[int]) -> tuple[str, list[Place]]:
     text, places = between[0], []
     for segment, (part, after, lead) in enumerate(zip(parts, between[1:], leads, strict=True)):

@@ -25,11 +25,11 @@ from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
-from .evaluation import evaluate_rows
+from .evaluation import check_prompts, evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
-from .models import whole_weights
+from .models import stop_also_at, whole_weights
 from .monitor import StepMonitor
 from .profiling import part
 from .publish import HubTrainer
@@ -44,6 +44,7 @@ from .resolve import (
 from .routing import RoutingLog
 from .store.teacher import StoredTeacher, open_teacher
 from .teachers import Teacher, TeacherPanel
+from .text import turn_end
 
 GRACE = 3.0  # seconds until the end of a loader worker is known
 
@@ -92,6 +93,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         with whole_weights(args):
             student, processing_class, chat = resolve_student(model, processing_class)
             self.reader = reader = Reader(processing_class, chat)
+            stop_also_at(student, turn_end(reader))  # as it is taught to, also where its users load it
             teachers = dict(teachers or {})
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             weights = {name: getattr(t, "weight", 1.0) for name, t in teachers.items()}
@@ -131,6 +133,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             teacher.check_rows(train_dataset)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
             eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
+            check_prompts(eval_dataset, args.evaluation)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
         tasks = task_names(train_dataset) if train_dataset is not None else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -17,9 +18,10 @@ from transformers import ByT5Tokenizer
 
 from kv_trainer.alignment.tokens import BOS, EOS, span_index
 from kv_trainer.arguments import DataConfig, TimeAlignment
-from kv_trainer.data import IGNORED, KVCollator, Reader, aligned_share, encode_rows, load_split, task_names
+from kv_trainer.data import EVALUATED, IGNORED, KVCollator, Reader, aligned_share, encode_rows, load_split, task_names
+from kv_trainer.experiments.fingerprints import shared_prompts
 from kv_trainer.recipes import load_recipe
-from kv_trainer.text import Encoded, Example, encode, example_of, render
+from kv_trainer.text import Encoded, Example, encode, example_of, render, turn_end
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
 # What Llama-3 and Gemma do: a system prompt of their own, contents stripped, marks that hold the words of an answer.
@@ -658,3 +660,34 @@ def test_a_file_is_its_train_split_only(folder, name):
     assert len(found) == 2 and {"prompt", "completion"} <= set(found.column_names)
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         load_split(config, "test", None)
+
+
+@pytest.mark.parametrize("kept", [(), EVALUATED], ids=["trained", "evaluated"])
+def test_what_is_evaluated_is_the_completion_even_where_prompts_are_learned(tiny_tokenizer, kept):
+    rows = Dataset.from_list([{"prompt": "what is two?", "completion": " six", "answer": "six"}])
+    reader, plain = Reader(tiny_tokenizer(bos=True)), DataConfig()
+    row = encode_rows(rows, reader, {}, replace(plain, train_on_prompt=True), keep=kept)[0]
+    known = encode_rows(rows, reader, {}, plain, keep=EVALUATED)[0]
+    assert (row["labels"] == known["labels"]) == bool(kept)
+    if kept:
+        assert row["prompt_ids"] == known["prompt_ids"] and len(known["prompt_ids"]) > 1
+
+
+def test_a_prompt_that_was_learned_with_another_answer_is_a_leak(tiny_tokenizer):
+    pair = [{"prompt": "what is two?", "completion": c, "answer": "six"} for c in (" six", " seven")]
+    train, test = (Dataset.from_list([row]) for row in pair)
+    for learned in (False, True):
+        reader, config = Reader(tiny_tokenizer(bos=True)), DataConfig(train_on_prompt=learned)
+        rows = encode_rows(train, reader, {}, config), encode_rows(test, reader, {}, config, keep=EVALUATED)
+        assert shared_prompts(*rows, learned) == 1
+        other = Dataset.from_list([{**pair[0], "prompt": "what is three?"}])
+        assert shared_prompts(encode_rows(other, reader, {}, config), rows[1], learned) == 0
+
+
+@pytest.mark.parametrize(("template", "special"), [(PLAIN, True), (PLAIN, False), (STRIPS, True)])
+def test_the_end_of_a_turn_is_the_special_token_behind_the_answer(tiny_tokenizer, template, special):
+    tokenizer = tiny_tokenizer(bos=True, chat_template=template)
+    assert turn_end(Reader(tokenizer)) is None, "no chat"
+    tokenizer.add_tokens(["<|end|>"], special_tokens=special)
+    expected = tokenizer.convert_tokens_to_ids("<|end|>") if template is PLAIN and special else None
+    assert turn_end(Reader(tokenizer, chat=True)) == expected

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kv_trainer import evaluation
 from kv_trainer.arguments import EvaluationConfig
 from kv_trainer.evaluation import (
+    check_prompts,
     evaluate_model,
     evaluate_rows,
     generate_texts,
@@ -29,6 +30,7 @@ from kv_trainer.evaluation import (
     write_predictions,
 )
 from kv_trainer.metrics import ExactAnswer, Perplexity, extract_answer, normalize_answer
+from kv_trainer.models import stop_also_at
 
 PATTERN = r"####\s*(.+)"
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", *"0123456789", "####"]
@@ -312,6 +314,20 @@ def test_sampling_settings_of_the_checkpoint_change_nothing(model, tokenizer, ro
     assert generate_texts(model, tokenizer, prompts, config) == plain
 
 
+def test_an_answer_ends_where_the_checkpoint_ends_one_too(model, tokenizer, rows) -> None:
+    """A chat model's turn ends at a token of its own: what would follow is not its answer."""
+    config, prompts = EvaluationConfig(max_new_tokens=12), [row["prompt_ids"] for row in rows]
+    model.eval()
+    plain = generate_texts(model, tokenizer, prompts, config)
+    words = max((text.split() for text in plain), key=len)
+    stop = words[len(words) // 2]
+    stop_also_at(model, tokenizer.convert_tokens_to_ids(stop))
+    assert model.generation_config.eos_token_id == [2, tokenizer.convert_tokens_to_ids(stop)]
+    ended = generate_texts(model, tokenizer, prompts, config)
+    cut = [t.split()[: t.split().index(stop) + 1] if stop in t.split() else t.split() for t in plain]
+    assert [text.split() for text in ended] == cut and ended != plain
+
+
 def test_references_are_read_by_the_rule_of_the_answers(model, tokenizer, rows, monkeypatch) -> None:
     monkeypatch.setattr(evaluation, "generate_texts", lambda *a, **k: [r"\boxed{x = 5}", "so it is 7"])
     pair = [rows[0] | {"answer": "x = 5"}, rows[1] | {"answer": "3 + 4\n#### 7.0"}]
@@ -360,5 +376,9 @@ def test_rows_without_an_answer_are_left_out_of_accuracy(model, tokenizer, rows)
 def test_errors_say_what_to_do(model, tokenizer, rows) -> None:
     with pytest.raises(ValueError, match="no rows to evaluate"):
         evaluate_model(model, tokenizer, [], EvaluationConfig())
+    asked = Dataset.from_list([rows[0], rows[1] | {"prompt_ids": []}])
+    check_prompts(asked, EvaluationConfig(generate=False))
+    with pytest.raises(ValueError, match="no prompt that it could be generated from; give data.prompt"):
+        check_prompts(asked, EvaluationConfig())
     with pytest.raises(ValueError, match="empty prompt_ids"):
         evaluate_model(model, tokenizer, [rows[0] | {"prompt_ids": []}], EvaluationConfig())

@@ -55,7 +55,8 @@ class Recorder(TrainerCallback):
         """To a trainer that is about to train."""
         self.begin = {"initial": hash_weights(trainer.model), "train_rows": hash_rows(trainer.train_dataset)}
         if trainer.eval_dataset is not None:
-            shared = shared_prompts(trainer.train_dataset, trainer.eval_dataset)
+            learned = trainer.args.data.train_on_prompt
+            shared = shared_prompts(trainer.train_dataset, trainer.eval_dataset, learned)
             self.begin |= {"eval_rows": hash_evaluation(trainer.eval_dataset), "shared_prompts": shared}
         inner, self.trainer = trainer.get_batch_samples, trainer
 

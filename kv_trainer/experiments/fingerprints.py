@@ -46,17 +46,25 @@ def hash_columns(rows: Dataset, names: Iterable[str]) -> str:
     return digest(*(json.dumps([row[name] for name in there]).encode() for row in rows.select_columns(there)))
 
 
-def shared_prompts(train: Dataset, evaluation: Dataset) -> int:
-    """How many evaluation rows have a prompt that is trained on."""
-    seen = {prompt(row) for row in train.select_columns(["input_ids", "labels"])}
-    return sum(prompt(row) in seen for row in evaluation.select_columns(["input_ids", "labels"]))
+def shared_prompts(train: Dataset, evaluation: Dataset, prompts_learned: bool = False) -> int:
+    """How many evaluation rows have a prompt that is trained on.
+
+    prompts_learned: training rows do not tell where their prompt ends; one that begins with a prompt's tokens has it.
+    """
+    asked = [prompt(row) for row in evaluation.select_columns(["input_ids", "labels"])]
+    lengths = {len(ids) for ids in asked}
+    seen: set[tuple[int, ...]] = set()
+    for row in train.select_columns(["input_ids", "labels"]):
+        ids = tuple(row["input_ids"])
+        seen |= {ids[:n] for n in lengths if n <= len(ids)} if prompts_learned else {prompt(row)}
+    return sum(ids in seen for ids in asked)
 
 
-def prompt(row: Mapping[str, Sequence[Any]]) -> str:
-    """A hash of the tokens before the first that is supervised; of all of them where there is no prompt.
+def prompt(row: Mapping[str, Sequence[Any]]) -> tuple[int, ...]:
+    """The tokens before the first that is supervised; all of them where there is no prompt.
 
     A start token, which is never supervised, is no prompt.
     """
     ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    return digest(json.dumps(list(ids[:first] if first > 1 else ids)).encode())
+    return tuple(ids[:first] if first > 1 else ids)
