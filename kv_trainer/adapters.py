@@ -101,21 +101,23 @@ def add_adapters(student: PreTrainedModel, config: PeftConfig) -> Any:
         return get_peft_model(student, config)
 
 
-def load_trained(model: str, base: str | None = None) -> Any:
+def load_trained(model: str, base: str | None = None, trust_remote_code: bool = False) -> Any:
     """A student as it was saved: an ordinary checkpoint, or adapters on the base that they name.
 
     base: where their base is, should its path, which may be relative to another folder, lead nowhere from here.
+    trust_remote_code: whether code from the model's own repository or folder may run; only the caller can say so.
     """
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code}
     found = find_adapter_config_file(model)
     if found is None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(model, **options)
     from peft import PeftModel
 
     said = json.loads(Path(found).read_text(encoding="utf-8"))
     name = said["base_model_name_or_path"]
     if base and not Path(name).exists() and Path(name).name == Path(base).name:
         name = base
-    options = {"dtype": "auto", "use_safetensors": True, "revision": said.get("revision")}
+    options["revision"] = said.get("revision")
     with quiet():
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, **options), model)
 

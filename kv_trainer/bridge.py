@@ -23,7 +23,7 @@ from .arguments import MultiTeacherKVConfig
 from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
 from .fusion import FusionInputs, Router, check_given, teacher_shares
-from .importance import importance
+from .importance import answer_labels, importance
 from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
 from .losses.base import chosen_layers
 from .maps import head_projectors, hidden_projectors
@@ -41,7 +41,8 @@ class Supervision:
     """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step.
 
     signals: as the teachers give them, or already aligned by `KVBridge.align`, which lets go of what is not needed.
-    step, progress: optimizer steps done, and their share of the run. tasks, answer_positions: [B], where known.
+    step, progress: optimizer steps done, and their share of the run. tasks, answer_positions [B], segments [B, T]:
+    where known.
     measure: called with the raw terms, their graph whole, before they are weighed; inside the wrapped forward pass.
     """
 
@@ -54,6 +55,7 @@ class Supervision:
     step: int = 0
     tasks: Tensor | None = None
     answer_positions: Tensor | None = None
+    segments: Tensor | None = None
     measure: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
@@ -293,7 +295,7 @@ class KVBridge(nn.Module):
             inputs.importance["teacher"] = (share.detach()[:, :, None] * each).sum(0)
         if "student_importance" in weighing:
             with part("student importance"):
-                inputs.importance["student"] = importance(student, given.labels)
+                inputs.importance["student"] = importance(student, answer_labels(given.labels, given.segments))
         if "student_attention" in self.requires:
             inputs.attention = {n: a.attention for n, a in aligned.items() if a.attention is not None}
             inputs.attention["student"] = rotated_pairs(student)

@@ -27,6 +27,7 @@ from .types import KVStates
 logger = logging.getLogger(__name__)
 ROWS = 64  # for projectors' statistics and for matching layers
 BATCH = 8
+LOST = 1e4  # nats a token: more than any model's, less than a hopeless row's
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -91,7 +92,7 @@ class Calibration:
         for task in range(int(tasks.max()) + 1):
             chosen = (tasks == task).nonzero()[:samples, 0].tolist()
             # A task that only rows elsewhere have tells nothing: all teachers alike.
-            columns.append(self.score(chosen).mean(1) if chosen else torch.zeros(len(self.teachers)))
+            columns.append(typical(self.score(chosen)) if chosen else torch.zeros(len(self.teachers)))
         return torch.stack([column.to(columns[-1].device) for column in columns], dim=1)
 
     def make_prototypes(self, fusion: Similarity) -> list[Tensor]:
@@ -144,3 +145,17 @@ class Calibration:
                     "random weights; alignment.layers.method: relative_depth is better there.", chosen[0], name,
                 )  # fmt: skip
         return found
+
+
+def typical(found: Tensor) -> Tensor:
+    """[M]: the mean of nats [M, rows] over the rows that no teacher has lost to data.max_length.
+
+    Such a row is HOPELESS, which is meant for itself: in a mean it would cost its teacher the whole task.
+    """
+    whole = (found < LOST).all(0)
+    if not whole.all():
+        logger.warning(
+            "%d of %d calibration rows are cut to nothing for some teacher (data.max_length), and left out.",
+            int((~whole).sum()), len(whole),
+        )  # fmt: skip
+    return found[:, whole].mean(1) if whole.any() else found.mean(1)

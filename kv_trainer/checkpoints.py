@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .bridge import NAME, KVBridge
 from .files import folder_beside
 from .manifest import MANIFEST_FILE, check_match, last_whole, seal, what_is_missing
+from .routing import RoutingLog
 
 logger = logging.getLogger(__name__)
 FULL = re.compile("PytorchStreamWriter|file write failed|DataLoader worker")  # torch's RuntimeErrors of a full disk
@@ -34,6 +35,7 @@ class CheckpointTrainer(Trainer):
     model: Any  # a PreTrainedModel, or what wraps one
     bridge: KVBridge
     manifest: dict[str, Any]
+    routing: RoutingLog
     _checked: tuple[str, ...] = ()  # the checkpoint that was found to be whole and of this run
     use_cache: bool | None = None  # as the student's config had it: Trainer switches it off, and would save it so
 
@@ -75,9 +77,15 @@ class CheckpointTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every rank writes of a checkpoint; trainer_state.json follows."""
         super()._save_rng_state(output_dir)
+        shares = self.routing.so_far(self.summed)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self.routing.write_state(Path(output_dir), shares)
             seal(Path(output_dir), self.manifest)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return self.accelerator.reduce(tensor, "sum")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -11,6 +11,10 @@ from .fusion import Confidence, Fixed, Router
 from .losses import KVRelationLoss
 
 logger = logging.getLogger(__name__)
+# Of Trainer's own evaluation, which ours takes the place of.
+TRAINERS_EVALUATION = (
+    "per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
+)  # fmt: skip
 
 
 def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> None:
@@ -30,6 +34,17 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
             "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
             "depends on how it is cut into micro-batches.", relation.samples, size,
         )
+    if isinstance(relation, KVRelationLoss) and relation.samples > 1 and len(weights) > 1 and args.fusion.needs:
+        logger.warning(
+            "losses.kv_relation.samples is %d: where a group's samples are trusted to different teachers, each one's "
+            "states are centred over its own samples and the student's over all, which no student can match. Set "
+            "samples to 1, or take fusion: {method: uniform}.", relation.samples,
+        )  # fmt: skip
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "training.average_tokens_across_devices: false would count the tokens of one process, and weigh the "
+            "cross-entropy by the number of processes; leave it out."
+        )
     if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
         raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
     options = args.gradient_checkpointing_kwargs
@@ -41,6 +56,13 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
         logger.warning(
             "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
             "values are taken: the results are right, but little is gained. Set one of them to false."
+        )
+    engine = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
+    taken = [name for name in ("optimizer", "scheduler") if name in engine]
+    if taken:
+        raise ValueError(
+            f"The DeepSpeed config has a section {' and a section '.join(taken)}, which would overrule the recipe; "
+            "leave it out: training.optim, training.lr_scheduler_type and projector.learning_rate decide."
         )
     if args.label_smoothing_factor:
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")
@@ -72,6 +94,10 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
     found += ignored_of_projector(args)
     if args.fusion != Confidence() and len(weights) == 1:
         found.append("fusion has no effect: there is one teacher.")
+    found += [
+        f"training.{f.name} has no effect: the section evaluation says how it is done; see evaluation.batch_size."
+        for f in fields(args) if f.name in TRAINERS_EVALUATION and getattr(args, f.name) != f.default
+    ]  # fmt: skip
     if args.evaluation.do_sample and not args.evaluation.generate:
         found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
     if not weights:

@@ -32,7 +32,8 @@ examples:
   kv-trainer evaluate gpt2 --recipe recipes/quickstart/two_teachers.yaml --data.max_eval_samples 100
   kv-trainer evaluate gpt2 --recipe recipes/reasoning_gym/evaluate.yaml --evaluation.do_sample true --evaluation.seed 1
 """
-VALIDATE = f"""No weights are loaded and nothing is downloaded: only local configs and tokenizers are opened.
+VALIDATE = f"""No weights are loaded and nothing is downloaded: only local configs and tokenizers are opened. No code of
+a model is run either: one with trust_remote_code is left out, and said so.
 {OVERRIDE}
 
 examples:
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")
     sub.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     sub = command(precompute, "Store the teachers' keys and values of all training rows.", PRECOMPUTE)
     sub.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     sub.add_argument("--repair", action="store_true", help="rewrite just the shards that are damaged or missing")

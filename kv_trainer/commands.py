@@ -50,7 +50,8 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
             recipe = load(path, overrides, options.quick)
             for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
-            check_models(recipe)
+            for message in check_models(recipe):
+                print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
         except (ValueError, OSError) as error:
             if options.traceback:
                 raise
@@ -97,7 +98,7 @@ def export(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse(overrides, "export")
     from .export import export as run_export
 
-    exported = run_export(options.model, options.format, options.output)
+    exported = run_export(options.model, options.format, options.output, options.trust_remote_code)
     for path in exported.files:
         print(path)
     print(f"largest difference of a logit: {exported.difference:.2g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,21 +14,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dat
 from torch import Tensor
 
 from .alignment.time import linear_indices, segment_indices
-from .alignment.tokens import BOS, Span, span_index
+from .alignment.tokens import ANSWER, BOS, NONE, REASONING, Span, span_index
 from .arguments import DataConfig, TimeAlignment
-from .text import (
-    ANSWER,
-    IGNORED,
-    NONE,
-    REASONING,
-    Encoded,
-    Example,
-    Reader,
-    encode,
-    example_of,
-    filled,
-    teacher_example,
-)
+from .examples import Example, example_of, filled, teacher_example
+from .text import IGNORED, Encoded, Reader, encode
 
 logger = logging.getLogger(__name__)
 EVALUATED = ("prompt_ids", "task", "answer")  # columns that evaluation needs beside ids and labels
@@ -38,6 +28,17 @@ LOW = (
     "data.max_length); for texts that differ set alignment.time.method to segment_aware."
 )
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SOURCES = ("data.py", "examples.py", "text.py", "alignment/tokens.py", "alignment/time.py")  # they encode a row
+
+
+def digest_of(folder: Path) -> str:
+    """A hash of SOURCES as they lie in a folder."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
+# Part of the name under which `datasets` caches encoded rows: by itself it knows our functions by name, not by code.
+# Taken here, while the sources are those that are imported: a run in an edited folder must not name its rows by them.
+CODE = digest_of(Path(__file__).parent)
 
 
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
@@ -88,7 +89,7 @@ def encode_rows(
     def encode_as(example: Example, reader: Reader) -> Encoded:
         return encode(example, reader, config.max_length, prompts_too, config.truncation_side)
 
-    def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+    def encode_row(row: dict[str, Any], number: int, code: str) -> dict[str, Any]:
         example = example_of(row, config)
         ours = encode_as(example, student)
         result: dict[str, Any] = {"row": number, "input_ids": ours.input_ids, "labels": ours.labels}
@@ -111,7 +112,8 @@ def encode_rows(
         result.update({name: extra[name] for name in keep})
         return result
 
-    encoded = rows.map(encode_row, with_indices=True, remove_columns=rows.column_names, desc="Encoding rows")
+    options: dict[str, Any] = {"remove_columns": rows.column_names, "desc": "Encoding rows"}
+    encoded = rows.map(encode_row, with_indices=True, fn_kwargs={"code": CODE}, **options)
     supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels")
     if len(supervised) < len(encoded):
         without = len(encoded) - len(supervised)

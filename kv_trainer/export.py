@@ -29,17 +29,18 @@ class Exported:
     difference: float
 
 
-def export(model: str, format: str, output: str | os.PathLike[str]) -> Exported:
+def export(model: str, format: str, output: str | os.PathLike[str], trust_remote_code: bool = False) -> Exported:
     """Write a trained student, or any causal LM, into a new folder `output`: all of it or nothing.
 
-    model: a folder or a hub name. format: a key of FORMATS. ValueError for a folder that is not empty, missing
-    packages, a model that cannot be written so, and one that does not answer as before once it is.
+    model: a folder or a hub name. format: a key of FORMATS. trust_remote_code: whether code that comes with the model
+    may run; a recipe beside it is not asked. ValueError for a folder that is not empty, missing packages, a model that
+    cannot be written so, and one that does not answer as before once it is.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; give one of {', '.join(FORMATS)}.")
     with new_folder(output) as (folder, target):
-        difference = FORMATS[format](model, folder)
-        tokenizer_of(model).save_pretrained(folder)
+        difference = FORMATS[format](model, folder, trust_remote_code)
+        tokenizer_of(model, trust_remote_code).save_pretrained(folder)
     return Exported(tuple(sorted(path for path in target.rglob("*") if path.is_file())), difference)
 
 
@@ -60,23 +61,24 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, trust_remote_code: bool) -> Any:
     """The tokenizer saved with a model, else that of the base of its adapters."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         if find_adapter_config_file(model) is None:
             raise
     from peft import PeftConfig
 
-    return AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path)
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
 
 
-def write_merged(model: str, folder: Path) -> float:
+def write_merged(model: str, folder: Path, trust_remote_code: bool) -> float:
     """Adapters and their base as one plain checkpoint, in the base's dtype. Returns the largest change of a logit."""
     if find_adapter_config_file(model) is None:
         raise ValueError(f"'{model}' has no adapters, so there is nothing to merge: it is a plain checkpoint already.")
-    adapted = load_trained(model).eval()
+    adapted = load_trained(model, trust_remote_code=trust_remote_code).eval()
     ids = random_ids(adapted, 2, 12)
     with torch.no_grad():
         before = adapted(ids).logits.float()
@@ -99,12 +101,12 @@ def merge(adapted: Any, name: str) -> PreTrainedModel:
         raise ValueError(f"'{name}': adapters of {kind} cannot be merged into their base: {error}") from error
 
 
-def write_onnx(model: str, folder: Path) -> float:
+def write_onnx(model: str, folder: Path, trust_remote_code: bool) -> float:
     """The model as float32 `model.onnx`, checked against torch. Returns the largest difference of a logit."""
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(f"format onnx needs {', '.join(missing)}, not installed: pip install kv_trainer[export].")
-    student = load_trained(model)
+    student = load_trained(model, trust_remote_code=trust_remote_code)
     if find_adapter_config_file(model) is not None:
         student = merge(student, model)
     student = student.float().eval()
@@ -118,4 +120,4 @@ def write_onnx(model: str, folder: Path) -> float:
     return check_graph(student, past, folder / "model.onnx", model)
 
 
-FORMATS: dict[str, Callable[[str, Path], float]] = {"onnx": write_onnx, "merged": write_merged}
+FORMATS: dict[str, Callable[[str, Path, bool], float]] = {"onnx": write_onnx, "merged": write_merged}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .alignment.tokens import ANSWER
 from .types import AttentionForm, KVStates
 
 QUERIES = 64  # evenly spaced supervised positions that are asked; more add cost, and hardly change the mean
@@ -13,8 +14,9 @@ QUERIES = 64  # evenly spaced supervised positions that are asked; more add cost
 def answer_queries(labels: Tensor, count: int = QUERIES) -> tuple[Tensor, Tensor]:
     """Positions [B, Q] of evenly spaced supervised tokens, Q <= count, and which of them are real [B, Q].
 
-    labels: [B, T], -100 where not supervised. All supervised queries see everything before the answer, so no early
-    position is favoured as it is by the mean over all queries of a causal model.
+    labels: [B, T], -100 where not supervised. All of them see everything before the first one, so there no early
+    position is favoured as it is by the mean over all queries of a causal model; a position behind it is seen by the
+    later ones alone.
     """
     asked = labels != -100
     number = asked.sum(1, keepdim=True)
@@ -46,6 +48,18 @@ def attention_rows(queries: Tensor, keys: Tensor, form: AttentionForm, mask: Ten
         sinks = form.sinks.float()[None, :, None, None].expand(samples, -1, count, 1)
         return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
     return torch.softmax(logits, dim=-1)
+
+
+def answer_labels(labels: Tensor, segments: Tensor | None) -> Tensor:
+    """Labels of the answer alone, where segments [B, T] say which that is; a row without one keeps all of its labels.
+
+    Reasoning is supervised too, but its own queries favour what is read early: whoever asks what the *answer* looks at
+    must not ask them.
+    """
+    if segments is None:
+        return labels
+    answer = labels.masked_fill(segments != ANSWER, -100)
+    return torch.where((answer != -100).any(1, keepdim=True), answer, labels)
 
 
 @torch.no_grad()

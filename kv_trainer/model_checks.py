@@ -9,15 +9,22 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from .arguments import ModelConfig, Recipe
 
 
-def check_models(recipe: Recipe) -> None:
-    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change."""
+def check_models(recipe: Recipe) -> list[str]:
+    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change.
+
+    No code of a model is run, whatever the recipe says, for it may be a stranger's. Returns what was left out for that.
+    """
+    skipped = []
     for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+        if model.trust_remote_code:
+            skipped.append(f"{where} is not checked: it has trust_remote_code, and no code of a model is run here.")
+            continue
         place = f"{where} of {recipe.path}"
         tokenizer = check_tokenizer(model, place)
         shape = model.model or getattr(model, "config", None)
         if not shape or not os.path.exists(shape):
             continue
-        config = AutoConfig.from_pretrained(shape, trust_remote_code=model.trust_remote_code).get_text_config()
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=False).get_text_config()
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"{place}: the tokenizer has {len(tokenizer)} tokens, {shape} only {config.vocab_size}; give its own."
@@ -25,6 +32,7 @@ def check_models(recipe: Recipe) -> None:
         kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
         if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
             raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
+    return skipped
 
 
 def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
@@ -32,7 +40,7 @@ def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase |
     name = model.tokenizer or model.model
     if not name or not os.path.exists(name):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")
     if model.chat and not tokenizer.chat_template:

@@ -25,7 +25,6 @@ from .cards import CardTrainer
 from .files import write_text
 from .manifest import seal
 from .recipes import dump_recipe
-from .routing import RoutingLog
 from .staging import (
     MODEL_FILES,
     RESULT_FILES,
@@ -55,7 +54,6 @@ class HubTrainer(CardTrainer):
 
     push_in_progress: Any
     recipe_text: str | None = None  # as it was before the trainer changed some of its arguments
-    routing: RoutingLog
 
     @cached_property
     def hub(self) -> HfApi:

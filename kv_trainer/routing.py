@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .files import write_text
+
+logger = logging.getLogger(__name__)
+ROUTING_FILE = "kv_routing.json"  # in a checkpoint: the sums so far
 
 
 class RoutingLog:
@@ -49,6 +53,40 @@ class RoutingLog:
                 for t, x in zip(self.teachers, by_task[:, j] / by_task[:, j].sum()):
                     found[f"share_{t}/{task}"] = float(x)
         return found
+
+    def so_far(self, reduce: Any) -> Tensor | None:
+        """Sums of the run over all ranks, with what is not logged yet; on the CPU, or None without any."""
+        if self.recent is None:
+            return self.total
+        sums = reduce(self.recent).cpu()
+        return sums if self.total is None else self.total + sums
+
+    def finish(self, reduce: Any) -> None:
+        """At the end of a run: its last steps count, also where nothing is logged of them."""
+        self.total, self.recent = self.so_far(reduce), None
+
+    def write_state(self, folder: Path, sums: Tensor | None) -> None:
+        """What `so_far` gave, into a checkpoint; nothing where there is one teacher, and so nothing to route."""
+        if len(self.teachers) > 1:
+            found = {**self._names(), "sums": None if sums is None else sums.tolist()}
+            write_text(folder / ROUTING_FILE, json.dumps(found) + "\n")
+
+    def restart(self, folder: Path | None, main: bool = True) -> None:
+        """Before a run: from nothing, or with the sums of the checkpoint it goes on from. main: the rank that warns."""
+        self.recent = self.total = None
+        if folder is None or len(self.teachers) < 2:
+            return
+        path = folder / ROUTING_FILE
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        same = {name: found.get(name) for name in self._names()} == self._names()
+        if same and found["sums"] is not None:
+            self.total = torch.tensor(found["sums"], dtype=torch.float32)
+        if not same and main:
+            why = "is of other tasks" if found else f"has no {ROUTING_FILE}"
+            logger.warning("%s %s: routing.json will be of the steps that follow, not of the whole run.", folder, why)
+
+    def _names(self) -> dict[str, Any]:
+        return {"teachers": self.teachers, "tasks": self.tasks, "layers": self.layers}
 
     def matrices(self) -> dict[str, Tensor]:
         """Mean shares over the run: task [tasks, M] and layer [L, M]; without tasks, layer alone."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
 from rich.console import Console
+from transformers.trainer_utils import IntervalStrategy
 
 from . import report
 from .adapters import load_trained
-from .arguments import Recipe
+from .arguments import EarlyStoppingConfig, Recipe
 from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
+from .manifest import last_whole
 from .models import load_tokenizer, same_tokenizer, stop_also_at
 from .recipes import dump_recipe
 from .store.teacher import StoredTeacher
@@ -42,29 +46,50 @@ def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
     )
 
 
+def side_job(recipe: Recipe) -> Recipe:
+    """The recipe for a trainer that trains nothing: it asks for no evaluations, and for no repository of the Hub."""
+    args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
+    args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = IntervalStrategy.NO, False, False
+    args.early_stopping = EarlyStoppingConfig()
+    return replace(recipe, args=args)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError if an earlier run has left checkpoints: a new one would delete them, or --resume go on with them."""
+    found, _ = last_whole(folder)
+    if found is not None:
+        raise ValueError(
+            f"{folder} holds {found.name} of an earlier run. Go on from it with --resume; or, to begin anew, give "
+            "another training.output_dir, or remove its checkpoint-* folders."
+        )
+
+
 def train(
     recipe: Recipe, resume: bool = False, watch: Callable[[MultiTeacherKVTrainer], None] | None = None
 ) -> dict[str, float]:
     """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results.
 
-    watch: is given the trainer before it trains.
+    watch: is given the trainer before it trains. ValueError, before anything is written, if there is no checkpoint to
+    resume from, or one from which it is not asked to.
     """
     transformers.logging.set_verbosity_warning()
+    args, folder = recipe.args, Path(str(recipe.args.output_dir))
+    wanted = args.resume_from_checkpoint or resume
+    if not wanted:
+        check_folder(folder)
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     trainer = build_trainer(recipe)
     trainer.recipe, trainer.recipe_text = recipe, asked
     if watch is not None:
         watch(trainer)
-    args, folder = recipe.args, Path(str(recipe.args.output_dir))
     main = trainer.is_world_process_zero()
-    if main:
-        write_text(folder / "recipe.yaml", asked)
     console = Console(quiet=not main)
     if args.store.path and not any(isinstance(t, StoredTeacher) for t in trainer.teachers.values()):
         logger.warning("store.path has no effect here: no teacher has source: store.")
     show_header(console, trainer)
-    wanted = args.resume_from_checkpoint or resume
     checkpoint = trainer.find_checkpoint(wanted) if wanted else None
+    if main:
+        write_text(folder / "recipe.yaml", asked)
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     fit = trainer.train(resume_from_checkpoint=checkpoint)
@@ -118,8 +143,9 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
     data = recipe.args.data
     if not data.eval_split:
         raise ValueError("data.eval_split is null in the recipe, so there is nothing to evaluate on.")
-    student = load_trained(model, recipe.student.model).to(recipe.args.device)
-    tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=recipe.student.trust_remote_code))
+    trusted = recipe.student.trust_remote_code
+    student = load_trained(model, recipe.student.model, trusted).to(recipe.args.device)
+    tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
     stop_also_at(student, turn_end(reader))

@@ -17,7 +17,7 @@ from .alignment.mapping import AlignedTeacher
 from .capture import KVCapture, StopForward, kv_shape
 from .data import IGNORED, Reader
 from .fusion import Fusion, FusionInputs, teacher_shares
-from .importance import attention_mass, importance
+from .importance import answer_labels, attention_mass, importance
 from .manifest import fingerprint, model_name, tokenizer_hash
 from .placement import entry, place, resident
 from .profiling import part
@@ -26,6 +26,7 @@ from .vocabulary import Head, output_head, shared_tokens
 
 TEXT = ("input_ids", "attention_mask", "labels", "segments", "supervised")  # all that a teacher reads of a batch
 CHUNK = 1024  # positions whose logits are made at a time
+HOPELESS = 1e9  # nats of a row that is cut to nothing for a teacher
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,15 @@ class Teacher:
         """Run the backbone as one graph from now on; it then goes through all layers, also above the deepest wanted."""
         self._compiled = torch.compile(self.model.base_model, backend=backend or "inductor", mode=mode)
 
-    def vocabulary(self, students: PreTrainedTokenizerBase) -> tuple[Head, Tensor | None, Tensor | None]:
-        """The head, and the ids of the tokens shared with the student's tokenizer (None, None: all of them)."""
-        shared = shared_tokens(students, self.reader.tokenizer)
+    def vocabulary(
+        self, students: PreTrainedTokenizerBase, width: int | None = None
+    ) -> tuple[Head, Tensor | None, Tensor | None]:
+        """The head, and the ids of the tokens shared with the student's tokenizer (None, None: all of them).
+
+        width: rows of the student's head; None: as many as this one's.
+        """
+        own = self.model.config.get_text_config().vocab_size
+        shared = shared_tokens(students, self.reader.tokenizer, width in (None, own))
         assert self.head is not None, "prepare with final comes first"
         if shared is None:
             return self.head, None, None
@@ -153,17 +160,17 @@ class Teacher:
             assert last is not None and rows is None, "scores are of whole batches"
             with part("teachers' scores"):
                 nll, entropy = self._scores(last, text["labels"], text["supervised"])
-        weights = None
+        weights, answer = None, answer_labels(text["labels"], text.get("segments"))
         if self.needs.importance and weighing:
             with part("teachers' importance"):
-                weights = importance(kv, text["labels"])
+                weights = importance(kv, answer)
         # Queries that only weigh positions are not carried on.
         found = TeacherSignal(
             kv if self.needs.queries else replace(kv, queries=None, attention=None), batch["index"], nll, rows, entropy,
             weights,
             last if self.needs.final else None,
             batch.get("rank"), text.get("segments"),
-            attention_mass(kv, text["labels"], by_head=True) if self.needs.mass else None,
+            attention_mass(kv, answer, by_head=True) if self.needs.mass else None,
         )  # fmt: skip
         return found if again is None else found.repeated(again)
 
@@ -203,7 +210,7 @@ class Teacher:
                 surprise.append(-(logs.exp() * logs).sum(1) / math.log(logs.shape[1]))
         kept = counted.sum(1)
         nll = spread(each, counted) * supervised / kept.clamp_min(1)
-        return nll.masked_fill(kept == 0, 1e9), spread(surprise, counted) / kept.clamp_min(1)
+        return nll.masked_fill(kept == 0, HOPELESS), spread(surprise, counted) / kept.clamp_min(1)
 
 
 def spread(parts: list[Tensor], counted: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .alignment.tokens import ANSWER, BOS, EOS, NONE, PROMPT, REASONING, Span, overlaps
-from .arguments import DataConfig
+from .alignment.tokens import ANSWER, BOS, EOS, Span, overlaps
+from .examples import Example
 
 IGNORED = -100
 
@@ -30,38 +30,6 @@ class Reader:
             raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row's text: turns before the completion, and the completion that is learned.
-
-    answer_start: the character of the completion at which its answer begins; before it is the reasoning.
-    """
-
-    turns: list[dict[str, str]]
-    completion: str
-    answer_start: int = 0
-
-    @property
-    def prompt(self) -> str:
-        return "\n".join(turn["content"] for turn in self.turns)
-
-    @property
-    def reasoning(self) -> str:
-        return self.completion[: self.answer_start]
-
-    @property
-    def answer(self) -> str:
-        return self.completion[self.answer_start :]
-
-    def segment(self, span: Span) -> int:
-        """Which segment a token belongs to, by where it ends."""
-        if span is None or span[0] < 0:
-            return NONE
-        if span[0] < len(self.turns):
-            return PROMPT
-        return REASONING if span[2] <= self.answer_start else ANSWER
-
-
 @dataclass
 class Encoded:
     """One row as one model reads it. spans: see alignment.tokens; labels -100 where not supervised.
@@ -76,54 +44,6 @@ class Encoded:
     supervised: int = 0
     segments: list[int] = field(default_factory=list)
     answer_position: int = -1
-
-
-def example_of(row: Mapping[str, Any], config: DataConfig) -> Example:
-    """Any of the row forms as an Example. ValueError names the columns a row lacks."""
-    if config.prompt is not None and config.response is None:
-        raise ValueError("data.prompt is a template, but data.response is not given; say which column is learned.")
-    if config.response is not None:
-        prompt = filled(config.prompt or "", row)
-        return parted([{"role": "user", "content": prompt}] if prompt else [], filled(config.response, row), config)
-    if "prompt" in row and "completion" in row:
-        return parted([{"role": "user", "content": row["prompt"]}], row["completion"], config)
-    if {"prompt", "reasoning", "answer"} <= set(row):
-        reasoning = row["reasoning"] or ""
-        return Example([{"role": "user", "content": row["prompt"]}], reasoning + str(row["answer"]), len(reasoning))
-    if "messages" in row:
-        *turns, last = row["messages"]
-        if last["role"] != "assistant":
-            raise ValueError(f"The last of a row's messages is by '{last['role']}'; it must be the assistant's answer.")
-        return parted([dict(turn) for turn in turns], last["content"], config)
-    if "text" in row:
-        return parted([], row["text"], config)
-    raise ValueError(
-        f"Rows have the columns {', '.join(row)}; give prompt + completion, prompt + reasoning + answer, messages or "
-        "text, or the templates data.prompt and data.response."
-    )
-
-
-def filled(template: str, row: Mapping[str, Any]) -> str:
-    """A template with a row's columns in it; ValueError where the row has no such column."""
-    try:
-        return template.format(**row)
-    except (KeyError, IndexError) as error:
-        name = error if isinstance(error, KeyError) else "without a name"
-        raise ValueError(f"A data template names the column {name}, but the rows have {', '.join(row)}.") from None
-
-
-def parted(turns: list[dict[str, str]], completion: str, config: DataConfig) -> Example:
-    """An Example whose answer begins at the last of the first marker found, after it where it closes a tag."""
-    for marker in config.answer_markers:
-        at = completion.rfind(marker) if marker else -1
-        if at >= 0:
-            return Example(turns, completion, at + len(marker) if marker.startswith("</") else at)
-    return Example(turns, completion)
-
-
-def teacher_example(example: Example, template: str | None, row: Mapping[str, Any], config: DataConfig) -> Example:
-    """What a teacher reads of a row: the same, or with the completion that its own template gives."""
-    return example if template is None else parted(example.turns, filled(template, row), config)
 
 
 @dataclass(frozen=True)

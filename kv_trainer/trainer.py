@@ -119,7 +119,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             if args.torch_compile and isinstance(teacher, Teacher) and teacher.placement == "replicated":
                 teacher.compile(args.torch_compile_backend, args.torch_compile_mode)
             if self.bridge.teacher_needs().final:
-                self.bridge.heads[name] = teacher.vocabulary(processing_class)
+                width = student.config.get_text_config().vocab_size
+                self.bridge.heads[name] = teacher.vocabulary(processing_class, width)
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
@@ -146,6 +147,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         self.predictions: list[dict[str, Any]] = []
+        if "logits" not in self.bridge.requires and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # the head rests, and under checkpointing DDP would wait for it
         super().__init__(
             model=student,
             args=args,
@@ -159,7 +162,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         )
         if self.is_fsdp_enabled:  # with accelerate's own default, shards, no student would be written at all
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        if self.monitor.measures and (self.is_fsdp_enabled or zero_stage(self.accelerator) == 3):
+        self.sharded = self.is_fsdp_enabled or zero_stage(self.accelerator) == 3
+        if self.monitor.measures and self.sharded:
             raise ValueError(
                 "gradient_share and monitor.loss_scales_every measure gradients of whole parameters, which ZeRO-3 and "
                 "FSDP deal out; give losses a number (kv-trainer diagnose --write finds one), or use ZeRO-2 or DDP."
@@ -226,7 +230,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
             self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
-            self.monitor.measure(self.model, self.accelerator, step, step / steps),
+            inputs.get("segments"), self.monitor.measure(self.model, self.accelerator, step, step / steps),
         )  # fmt: skip
         # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
         eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
@@ -237,6 +241,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.monitor.add(inputs.get("task"))
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
+        if self.sharded and "logits" not in self.bridge.requires:  # layers are gathered where a gradient reaches them
+            loss = loss + outputs["logits"][..., :0].sum()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -280,10 +286,25 @@ class MultiTeacherKVTrainer(HubTrainer):
     # ---- projectors: their learning rate and calibration
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's groups, with the bridge's parameters in groups of their own learning rate."""
+        """The Trainer's groups, with the bridge's parameters in groups of their own learning rate.
+
+        ValueError if the caller's optimizer lacks them and cannot take them, for it has a scheduler already.
+        """
+        given = self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # these own them
         optimizer = super().create_optimizer(model)
-        ours = {id(p) for n, p in self.model.named_parameters() if f"{NAME}." in n}
-        set_apart(optimizer, ours, self.args.projector.learning_rate)
+        ours = {id(p): p for n, p in self.model.named_parameters() if f"{NAME}." in n}
+        rate = self.args.projector.learning_rate
+        if given:  # it was made before the bridge was
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            missing = [p for i, p in ours.items() if p.requires_grad and i not in known]
+            if missing and self.lr_scheduler is not None:
+                raise ValueError(
+                    "optimizers holds a scheduler that was made before the losses' own trainable maps; give "
+                    "optimizers=(optimizer, None), and training.lr_scheduler_type decides."
+                )
+            if missing:
+                optimizer.add_param_group({"params": missing, "lr": rate})
+        set_apart(optimizer, set(ours), rate)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -295,10 +316,14 @@ class MultiTeacherKVTrainer(HubTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
         self.monitor.restart()
+        folder = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.routing.restart(folder, self.is_world_process_zero())
         if self.taught:
             self.calibrate()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            found = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.routing.finish(self.summed)
+            return found
         finally:
             profiling.start(None)
             if self.use_cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 
 import torch
@@ -40,15 +42,53 @@ def output_head(model: PreTrainedModel) -> Head:
 
 
 def shared_tokens(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, same_width: bool = True
 ) -> tuple[list[int], list[int]] | None:
-    """Ids, in both vocabularies, of the tokens with the same text; None where the vocabularies are the same."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    """Ids, in both vocabularies, of the tokens that stand for the same bytes; None where the heads are the same.
+
+    same_width: the heads have as many rows. Those of one vocabulary may be padded unlike: then its tokens are named.
+    """
+    if student.get_vocab() == teacher.get_vocab() and same_width:
         return None
+    ours, theirs = meanings(student), meanings(teacher)
     pairs = sorted((i, theirs[token]) for token, i in ours.items() if token in theirs)
     for kind in ("eos_token", "bos_token"):  # the same meaning under another name
         pair = (getattr(student, f"{kind}_id"), getattr(teacher, f"{kind}_id"))
         if None not in pair and not {pair[0]} & {a for a, _ in pairs} and not {pair[1]} & {b for _, b in pairs}:
             pairs.append(pair)
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def meanings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, int]:
+    """The bytes that each token stands for -> its id; an added token, such as a mark of a chat, by its own name.
+
+    Byte-level vocabularies write a space as U+0120, SentencePiece ones as U+2581 and single bytes as <0x20>: the same
+    text has other names in them.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = json.dumps([rules.get("decoder"), rules.get("pre_tokenizer"), rules.get("normalizer")])
+    byte_level = '"ByteLevel"' in parts
+    added = tokenizer.added_tokens_decoder
+    found: dict[bytes | str, int] = {}
+    # A token of a whole character before the byte of the same.
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda pair: bool(BYTE.fullmatch(pair[0]))):
+        found.setdefault(token if i in added else bytes_of(token, byte_level), i)
+    return found
+
+
+def bytes_of(token: str, byte_level: bool) -> bytes:
+    if byte_level and all(c in ALPHABET for c in token):
+        return bytes(ALPHABET[c] for c in token)
+    if match := BYTE.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character with which byte-level vocabularies write each byte (GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+ALPHABET, BYTE = byte_alphabet(), re.compile(r"<0x([0-9A-F]{2})>")

@@ -42,6 +42,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end, as by an error, where they would begin to train."""
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise ValueError("here it would train")
+
+    monkeypatch.setattr("kv_trainer.trainer.MultiTeacherKVTrainer.train", stop)
+
+
+ALONE = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = main(arguments)
     out, err = capsys.readouterr()
@@ -76,10 +89,10 @@ def test_a_quick_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, err) == (0, "") and second.startswith("ok r.yaml: student")
 
 
-def test_a_quick_run_is_saved_beside_the_real_one(capsys: pytest.CaptureFixture[str]) -> None:
-    alone = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
-    code, out, err = run(capsys, "train", "r.yaml", "--quick", *alone, "--resume")
-    assert code == 2 and "checkpoint" in err and out.startswith("quick run of r.yaml: 20 steps, 128 rows to train on, ")
+def test_a_quick_run_is_saved_beside_the_real_one(capsys: pytest.CaptureFixture[str], untrained: None) -> None:
+    code, out, err = run(capsys, "train", "r.yaml", "--quick", *ALONE)
+    assert code == 2 and "here it would train" in err
+    assert out.startswith("quick run of r.yaml: 20 steps, 128 rows to train on, ")
     saved = yaml.safe_load(Path("outputs", Path.cwd().name, "r-quick", "recipe.yaml").read_text())
     assert saved["training"]["max_steps"] == 20 and saved["data"]["max_train_samples"] == 128
 
@@ -129,6 +142,29 @@ def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize("trusted", ["true", "false"])
+@pytest.mark.parametrize("section", ["teachers.math", "student"])
+def test_validate_runs_no_code_of_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, section: str, trusted: str
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(Path("modules").resolve()))
+    own = Path("student" if section == "student" else "teacher")
+    code = f"import pathlib\npathlib.Path({str(Path('mark').resolve())!r}).touch()\nclass Own:\n    pass\n"
+    (own / "own.py").write_text(code)
+    maps_of = {"config": {"AutoConfig": "own.Own"}, "tokenizer_config": {"AutoTokenizer": ["own.Own", None]}}
+    for name, maps in maps_of.items():
+        content = json.loads((own / f"{name}.json").read_text())
+        content["auto_map"] = maps
+        (own / f"{name}.json").write_text(json.dumps({**content, "model_type": "unknown_to_transformers"}))
+    code, out, err = run(capsys, "validate", "r.yaml", f"--{section}.trust_remote_code", trusted)
+    assert not Path("mark").exists() and err.count("\n") == 1
+    if trusted == "true":
+        assert code == 0 and out.startswith("ok r.yaml:")
+        assert err.startswith(f"kv-trainer: warning: r.yaml: {section} is not checked: it has trust_remote_code")
+    else:
+        assert code == 2 and "trust_remote_code" in err
+
+
 @pytest.mark.skipif(not DEPRECATES, reason="this version of transformers does not deprecate gradient_checkpointing")
 def test_deprecated_settings_work_and_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "validate", "r.yaml", "--training.gradient_checkpointing", "true")
@@ -152,14 +188,37 @@ def test_whole_sections_can_be_overridden(capsys: pytest.CaptureFixture[str]) ->
     assert code == 2 and "--teachers on the command line has no value" in err
 
 
-def test_the_recipe_is_saved_before_training_as_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    alone = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
-    code, _, err = run(capsys, "train", "r.yaml", *alone, "--training.output_dir=out", "--resume")
-    assert code == 2 and "checkpoint" in err, "there is none to go on from, so nothing was trained"
+def test_the_recipe_is_saved_before_training_as_it_was_asked(
+    capsys: pytest.CaptureFixture[str], untrained: None
+) -> None:
+    code, _, err = run(capsys, "train", "r.yaml", *ALONE, "--training.output_dir=out")
+    assert code == 2 and "here it would train" in err
     saved = yaml.safe_load(Path("out/recipe.yaml").read_text())
     assert saved["teachers"] == {} and saved["training"]["output_dir"] == "out"
     assert "dataloader_pin_memory" not in saved["training"], "the trainer's own choice on a CPU was not asked for"
     assert os.listdir("out") == ["recipe.yaml"]
+
+
+def test_a_folder_with_a_run_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """A refused resume writes nothing; neither does a second fresh start, while --resume goes on."""
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+    train = ["train", "r.yaml", *ALONE, "--training.output_dir=out", "--training.use_cpu=true"]
+    Path("out").mkdir()
+    Path("out/recipe.yaml").write_text("of an earlier run")
+    code, _, err = run(capsys, *train, "--resume")
+    assert code == 2 and "out has no whole checkpoint to resume from" in err
+    assert content() == {"out/recipe.yaml": b"of an earlier run"}
+
+    assert run(capsys, *train, "--training.max_steps=1")[0] == 0
+    before = content()
+    assert any(name.startswith("out/checkpoint-1/") for name in before) and before["out/metrics.jsonl"]
+    code, out, err = run(capsys, *train, "--training.max_steps=2", "--training.learning_rate=1")
+    assert code == 2 and out == "" and content() == before
+    assert "out holds checkpoint-1 of an earlier run. Go on from it with --resume; or, to begin anew, give" in err
+    assert run(capsys, *train, "--training.max_steps=2", "--resume")[0] == 0 and Path("out/checkpoint-2").is_dir()
 
 
 def test_traceback_on_request() -> None:

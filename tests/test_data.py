@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import ByT5Tokenizer
 
+from kv_trainer import data as encoding
 from kv_trainer.alignment.tokens import BOS, EOS, span_index
 from kv_trainer.arguments import DataConfig, TimeAlignment
 from kv_trainer.data import EVALUATED, IGNORED, KVCollator, Reader, aligned_share, encode_rows, load_split, task_names
+from kv_trainer.examples import Example, example_of
 from kv_trainer.experiments.fingerprints import shared_prompts
 from kv_trainer.recipes import load_recipe
-from kv_trainer.text import Encoded, Example, encode, example_of, render, turn_end
+from kv_trainer.text import Encoded, encode, render, turn_end
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
 # What Llama-3 and Gemma do: a system prompt of their own, contents stripped, marks that hold the words of an answer.
@@ -58,6 +62,12 @@ def test_every_row_form_gives_its_turns_and_its_answer():
     assert example_of({"messages": turns}, config) == Example(turns[:2], "x")
     assert example_of({"messages": turns}, config).prompt == "s\nu"
     assert example_of({"text": "abc"}, config) == Example([], "abc")
+    for form in ({"prompt": turns[:2], "completion": turns[2:]}, {"prompt": turns[:1], "completion": turns[1:]}):
+        assert example_of(form, config) == Example(turns[:2], "x"), "as TRL has conversations"
+    assert example_of({"prompt": turns[:2], "completion": "x"}, config) == Example(turns[:2], "x")
+    assert example_of({"prompt": "u", "completion": turns[2:]}, config) == Example(turns[1:2], "x")
+    parts = {"prompt": turns[:2], "reasoning": "r ", "answer": 6}
+    assert example_of(parts, config) == Example(turns[:2], "r 6", 2)
     row = {"question": "two?", "solution": "2", "n": 7}
     templates = DataConfig(prompt="Q{n}: {question}", response="A: {solution}")
     assert example_of(row, templates) == Example([{"role": "user", "content": "Q7: two?"}], "A: 2")
@@ -101,6 +111,11 @@ def templates_over() -> DataConfig:
     return DataConfig(prompt="{prompt}", response="{completion}!")
 
 
+ANSWERED = [{"role": "assistant", "content": "a"}]
+IMAGE = [{"role": "user", "content": [{"type": "image"}]}]
+CALLED = "The assistant's content in the column messages is None, no text; .* without tool calls and images"
+
+
 @pytest.mark.parametrize(
     ("row", "config", "says"),
     [
@@ -109,6 +124,23 @@ def templates_over() -> DataConfig:
         ({"question": "q"}, DataConfig(prompt="{qestion}", response="x"), "column 'qestion', but .* have question"),
         ({"question": "q"}, DataConfig(prompt="{question}"), "data.response is not given"),
         ({"messages": [{"role": "user", "content": "q"}]}, DataConfig(), "messages is by 'user'"),
+        (
+            {"prompt": "q", "completion": [{"role": "user", "content": "q"}]}, DataConfig(),
+            "The last of a row's completion is by 'user'; it must be the assistant's answer",
+        ),
+        ({"messages": []}, DataConfig(), "The column messages is an empty list; give .* or filter such rows out"),
+        ({"messages": None}, DataConfig(), "The column messages is None; give a list of messages"),
+        ({"messages": "q"}, DataConfig(), "The column messages is 'q'; give a list of messages"),
+        ({"messages": ["q"]}, DataConfig(), "The column messages has 'q', which has no role; give a list"),
+        ({"messages": [{"from": "human", "value": "q"}]}, DataConfig(), "has {'from': 'human', .* has no role"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, DataConfig(), CALLED),
+        ({"messages": [{"role": "user", "content": None}, *ANSWERED]}, DataConfig(), "The user's content in the col"),
+        ({"messages": [*IMAGE, *ANSWERED]}, DataConfig(), r"content in the column messages is \[\{'type': 'image'\}\]"),
+        ({"prompt": IMAGE, "completion": "a"}, DataConfig(), "The user's content in the column prompt is .*image"),
+        ({"prompt": None, "completion": "a"}, DataConfig(), "The column prompt is None, no text; filter such rows out"),
+        ({"prompt": "q", "completion": 6}, DataConfig(), "The column completion is 6, .* data.prompt and data.resp"),
+        ({"prompt": "q", "completion": []}, DataConfig(), "The column completion is an empty list"),
+        ({"text": None}, DataConfig(), "The column text is None, no text"),
     ],
 )
 def test_a_row_that_cannot_be_read_names_what_it_has(row, config, says):
@@ -660,6 +692,34 @@ def test_a_file_is_its_train_split_only(folder, name):
     assert len(found) == 2 and {"prompt", "completion"} <= set(found.column_names)
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         load_split(config, "test", None)
+
+
+def test_rows_that_other_code_encoded_are_not_taken_from_the_cache(folder, tiny_tokenizer, monkeypatch):
+    rows = load_split(DataConfig(path=str(folder / "data")), "train", None)
+
+    def files() -> list[str]:
+        encoded = encode_rows(rows, Reader(tiny_tokenizer(0)), {}, DataConfig())
+        return [file["filename"] for file in encoded.cache_files]
+
+    first = files()
+    assert first and files() == first, "the same code: encoded once"
+    monkeypatch.setattr(encoding, "CODE", "that of another version")
+    other = files()
+    assert other and not set(first) & set(other)
+    monkeypatch.undo()
+    assert files() == first
+
+
+@pytest.mark.parametrize("changed", encoding.SOURCES)
+def test_the_digest_of_the_code_is_that_of_every_source(tmp_path, changed):
+    (tmp_path / "alignment").mkdir()
+    for name in encoding.SOURCES:
+        shutil.copy(Path(encoding.__file__).parent / name, tmp_path / name)
+    before = encoding.digest_of(tmp_path)
+    assert encoding.digest_of(tmp_path) == before
+    with (tmp_path / changed).open("a") as source:
+        source.write("# changed\n")
+    assert encoding.digest_of(tmp_path) != before
 
 
 @pytest.mark.parametrize("kept", [(), EVALUATED], ids=["trained", "evaluated"])

@@ -65,17 +65,20 @@ def test_a_published_study_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
         "seeds": [1, 2], "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
-        "budget": {"a": {"steps": 1200.0}}, "comparisons": [{"arm": "a", "metric": "accuracy", "p": 0.03}],
+        "budget": {"a": {"steps": 1200.0}},
+        "comparisons": [
+            {"arm": "a", "against": other, "metric": "accuracy", "p": p} for other, p in (("c", 0.03), ("b", 0.2))
+        ],
     }  # fmt: skip
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "results.json").write_text(json.dumps(content))
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     publish.results.cache_clear()
     marks = {"a accuracy": "60.0% ± 14.1", "a accuracy mean": "60.0%", "a accuracy 2": "70.0%", "a steps": "1,200",
-             "a-b accuracy": "+50.0 points", "a accuracy p": "0.030"}  # fmt: skip
+             "a-b accuracy": "+50.0 points", "a accuracy p": "0.030", "a-b accuracy p": "0.200"}  # fmt: skip
     for mark, shown in marks.items():
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
-    wrong = ("a-b accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p")
+    wrong = ("a-d accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p")
     for mark in wrong:
         with pytest.raises(LookupError):
             publish.fill(f"<!-- s {mark} -->x<!-- / -->")

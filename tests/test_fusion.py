@@ -253,6 +253,22 @@ def test_min_norm_decides_for_each_sample() -> None:
         torch.testing.assert_close(one[:, b : b + 1], alone)
 
 
+def test_min_norm_leaves_out_who_says_nothing() -> None:
+    """A masked teacher's pull is zero: it would be the shortest, and the sample would teach nothing."""
+    differences, weight = torch.randn(3, 4, 3, 5), torch.full((3, 4, 1, 5), 1 / 3)
+    weight[1, 2], differences[1, 2] = 0, 0
+    found = MinNorm().mixing(differences, weight, keep=1)
+    assert (found.sum(0) > 0).all() and (found[1, 2] == 0).all()
+    pair = MinNorm().mixing(differences[[0, 2], 2:3], weight[[0, 2], 2:3], keep=1)
+    torch.testing.assert_close(found[[0, 2], 2:3], pair)
+    # Where the mixture leaves out all who speak, they count nevertheless.
+    differences = torch.stack([torch.ones(1, 1, 4), torch.full((1, 1, 4), 5.0)])
+    weight = torch.ones(2, 1, 1, 4)
+    weight[0, ..., 3] = 0
+    found = MinNorm().mixing(differences, weight, keep=1)
+    assert found[..., :3].sum(0).gt(0).all() and found[1, 0, 0, 3] == 1 and found[1, 0, 0, 0] == 0
+
+
 @pytest.mark.parametrize("kind", [Confidence, Entropy, TaskWise, Similarity])
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_temperature_must_be_positive(kind: type[Fusion], temperature: float) -> None:
@@ -266,6 +282,18 @@ def test_tiny_shares_are_zero() -> None:
     shares = teacher_shares(Confidence(), found)
     assert (shares[1] == 0).all() and MIN_SHARE == 1e-3
     torch.testing.assert_close(shares.sum(0), torch.ones(SAMPLES))
+
+
+def test_a_router_finds_back_from_an_extreme() -> None:
+    fusion = Router()
+    found = inputs_for(fusion)
+    gate = found.router
+    with torch.no_grad():
+        gate[-1].bias.copy_(torch.tensor([0.0, 0.0, -12.0]))
+    shares = teacher_shares(fusion, found)
+    assert (shares[2] > 0).all() and (shares[2] < MIN_SHARE).all()
+    fusion.regulariser(shares).sum().backward()
+    assert gate[-1].bias.grad[2] < 0, "it is drawn up again"
 
 
 def test_what_is_remembered() -> None:

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kv_trainer.alignment.rope import Turn
 from kv_trainer.capture import capture_kv
-from kv_trainer.importance import answer_queries, attention_mass, attention_rows, importance, position_weights
+from kv_trainer.importance import (
+    answer_labels,
+    answer_queries,
+    attention_mass,
+    attention_rows,
+    importance,
+    position_weights,
+)
 from kv_trainer.types import AttentionForm, KVStates
 
 LENGTH, PADDED = 11, 3
@@ -162,6 +169,22 @@ def test_with_equal_keys_too_all_that_the_answer_sees_counts_alike(tiny_model) -
     labels[0, -1] = 1
     equal = replace(states.map(torch.ones_like), queries=tuple(map(torch.ones_like, states.queries)))
     torch.testing.assert_close(importance(equal, labels)[0], torch.full((LENGTH,), 1 / LENGTH))
+
+
+def test_the_answer_is_asked_where_the_rows_tell_it(tiny_model) -> None:
+    """Reasoning is supervised too, but its queries see only what is before them."""
+    states, labels, _ = attended(tiny_model("gpt2"))
+    labels[:] = 1
+    segments = torch.tensor([[0] * 4 + [1] * (LENGTH - 6) + [2] * 2, [0] * 4 + [1] * (LENGTH - 4)])
+    answer = answer_labels(labels, segments)
+    assert (answer[0] != -100).tolist() == [False] * (LENGTH - 2) + [True] * 2
+    assert torch.equal(answer[1], labels[1]), "no answer was found: all that is supervised"
+    assert answer_labels(labels, None) is labels
+    flat = replace(states.map(torch.ones_like), queries=tuple(map(torch.ones_like, states.queries)))
+    mass = attention_mass(flat, answer)[0][0]
+    torch.testing.assert_close(mass[: LENGTH - 1], mass[:1].expand(LENGTH - 1))
+    every = attention_mass(flat, labels)[0][0]
+    assert every[0] > 1.5 * every[LENGTH - 3], "where all are asked, what is read early is favoured"
 
 
 def test_a_sink_with_a_tiny_value_is_not_important(tiny_model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,57 @@ def test_instances_are_checked_too(tiny_model, tiny_tokenizer, tmp_path: Path, f
     with pytest.raises(ValueError, match="Both peft_config and StudentConfig.peft are given"):
         student = StudentConfig(model=str(folder / "student"), peft=LORA)
         world.trainer(tmp_path, losses, student=student, peft_config=LoraConfig())
+
+
+# ---- code of their own
+
+
+OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The student, as a family that its folder alone knows."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = Path(shutil.copytree(folder / "student", tmp_path / "own"))
+    (own / "own.py").write_text(OWN)
+    config = json.loads((own / "config.json").read_text())
+    maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": maps}
+    (own / "config.json").write_text(json.dumps(config))
+    return own
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["plain", "adapters"])
+def test_a_student_with_code_of_its_own_is_opened_where_the_user_says_so(
+    folder: Path, own: Path, tmp_path: Path, peft: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "out", str(write(folder, tmp_path / "out", peft))
+    alone = ["--teachers", "null", "--losses", "{cross_entropy: {weight: 1}, kv: null}"]
+    alone += [f"--student.model={own}", "--training.max_steps=1", "--student.trust_remote_code"]
+    assert main(["train", recipe, *alone, "true"]) == 0
+    assert "trust_remote_code: true" in (out / "recipe.yaml").read_text(), "which is what must not be asked below"
+
+    assert main(["evaluate", str(out), "--recipe", recipe, *alone, "false"]) == 2
+    assert main(["evaluate", str(out), "--recipe", recipe, *alone, "true"]) == 0
+    if peft:
+        export = ["export", str(out), "--format", "merged", "--output", str(tmp_path / "merged")]
+        assert main(export) == 2 and not (tmp_path / "merged").exists()
+        assert main([*export, "--trust-remote-code"]) == 0
+        merged = load_trained(str(tmp_path / "merged"), trust_remote_code=True)
+        trained = load_trained(str(out), trust_remote_code=True)
+        assert type(merged).__name__ == "OwnForCausalLM"
+        torch.testing.assert_close(merged(IDS).logits, trained(IDS).logits)
+    refusals = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kv-trainer: error: ")]
+    assert len(refusals) == 1 + bool(peft) and all("trust_remote_code" in line for line in refusals)
 
 
 def test_a_folder_of_adapters_is_no_student_but_a_teacher(tiny_model, tiny_tokenizer, tmp_path: Path, folder: Path):

@@ -517,6 +517,19 @@ def test_settings_without_effect_are_told(overrides: list[str], message: str) ->
     assert message in " ".join(ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("per_device_eval_batch_size", "2"), ("eval_accumulation_steps", "4"), ("bf16_full_eval", "true"),
+        ("fp16_full_eval", "true"), ("prediction_loss_only", "true"),
+    ],
+)
+def test_trainers_own_settings_of_evaluation_are_told(name: str, value: str) -> None:
+    overrides = ["--training.use_cpu", "true", f"--training.{name}", value]
+    (said,) = ignored(load_recipe(write(ALONE), overrides).args, {})
+    assert said.startswith(f"training.{name} has no effect") and "evaluation.batch_size" in said
+
+
 def test_a_recipe_without_idle_settings_is_told_nothing() -> None:
     recipe = load_recipe(write(BASE))
     assert ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}) == []

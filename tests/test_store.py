@@ -277,6 +277,22 @@ def test_an_interrupted_precompute_goes_on(home: Path, tmp_path: Path) -> None:
     assert record["shards"] == whole["shards"] and record["relative_error"] == whole["relative_error"]
 
 
+def test_what_a_recipe_asks_of_a_training_is_not_asked_of_precompute(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations, early stopping, and a repository on the Hub."""
+    monkeypatch.setattr(MultiTeacherKVTrainer, "init_hf_repo", lambda *args, **options: pytest.fail("it was made"))
+    asked = ["--data.eval_split=train", "--training.eval_strategy=steps", "--training.eval_steps=2",
+             "--training.save_strategy=steps", "--training.save_steps=2", "--training.load_best_model_at_end=true",
+             "--early_stopping.patience=2", "--training.push_to_hub=true"]  # fmt: skip
+    recipe = load_recipe(home / "recipe.yaml", [*asked, "--store.path", str(tmp_path / "store")])
+    precompute(recipe)
+    whole = json.loads((home / "store/store.json").read_text())
+    assert json.loads((tmp_path / "store/store.json").read_text())["shards"] == whole["shards"]
+    args = recipe.args
+    assert args.eval_strategy == "steps" and args.push_to_hub and args.early_stopping.patience == 2, "as it was given"
+
+
 def test_a_folder_of_another_store_is_left_alone(home: Path, tmp_path: Path) -> None:
     settings = copied(home, tmp_path)
     with pytest.raises(ValueError, match="holds a store of something else: bits was 16, is 8. Give a new store.path"):

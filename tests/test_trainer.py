@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from kv_trainer import data
-from kv_trainer.arguments import ControlConfig, ProjectorConfig, TeacherConfig
+from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig, TeacherConfig
+from kv_trainer.calibration import typical
 from kv_trainer.checkpoints import BRIDGE_FILE
-from kv_trainer.data import text_batch
+from kv_trainer.checks import check_arguments
+from kv_trainer.data import Reader, encode_rows, text_batch
 from kv_trainer.fusion import Confidence, Fusion, Uniform
 from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
-from kv_trainer.teachers import Teacher
+from kv_trainer.teachers import HOPELESS, Teacher
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -316,6 +319,22 @@ def test_rows_that_a_teacher_reads_alike_are_read_once(world, tmp_path: Path, mo
     assert_same_run(*kept, tolerance=1e-5)
 
 
+def test_one_vocabulary_in_heads_of_other_widths_is_compared(world, tmp_path: Path) -> None:
+    """As Qwen2-1.5B and 7B: the same tokenizer, and rows of the head that are padding."""
+    teacher = (world.student(seed=9, vocab_size=world.student().config.vocab_size + 24), world.tokenizer(40))
+    rows = encode_rows(Dataset.from_list(ROWS), Reader(world.tokenizer(40)), {"big": Reader(teacher[1])}, DataConfig())
+    losses = {"cross_entropy": CrossEntropy(), "logit_kd": LogitKD()}
+    trainer = world.trainer(tmp_path, losses, teachers={"big": teacher}, rows=rows, max_steps=1)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["loss_logit_kd"] < 10
+
+
+def test_rows_cut_to_nothing_do_not_cost_a_teacher_its_task() -> None:
+    nats = torch.tensor([[0.2, 0.2, HOPELESS / 40], [1.0, 1.0, 1.0]])
+    torch.testing.assert_close(typical(nats), torch.tensor([0.2, 1.0]))
+    assert typical(nats[:, 2:])[0] > typical(nats[:, 2:])[1], "nothing else is known"
+
+
 def test_rows_with_the_same_number_are_refused(start, world) -> None:
     with pytest.raises(ValueError, match="have the same number"):
         start("relation", rows=concatenate_datasets([world.encoded, world.encoded]))
@@ -361,6 +380,41 @@ def test_the_schedule_scales_all_rates(run) -> None:
     base = {0.05, 0.3}
     for done, found in enumerate(rates.steps):
         assert {round(rate / (1 - done / 4), 9) for rate in found} == base
+
+
+class MapsAtTheStart(TrainerCallback):
+    """The trained maps of the bridge, after calibration."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.maps = {n: p.detach().clone() for n, p in model.kv_bridge.named_parameters() if p.requires_grad}
+
+
+def with_optimizer(world: World, folder: Path, scheduled: bool = False, **options) -> MultiTeacherKVTrainer:
+    """A trainer with projectors, and an optimizer that the caller made over the student alone."""
+    student = world.student()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if scheduled else None
+    losses, sections = KINDS["kv to teacher"]
+    return MultiTeacherKVTrainer(
+        student, world.teachers(), world.arguments(folder, losses, **sections), world.encoded,
+        processing_class=world.tokenizer(40), optimizers=(optimizer, scheduler), **options,
+    )  # fmt: skip
+
+
+def test_an_optimizer_of_the_callers_trains_the_maps_too(world, tmp_path: Path) -> None:
+    start, rates = MapsAtTheStart(), Rates()
+    trainer = with_optimizer(world, tmp_path, callbacks=[start, rates])
+    trainer.train()
+    assert start.maps and rates.steps[0] == [1e-3, 0.05]
+    for name, parameter in trainer.bridge.named_parameters():
+        assert name not in start.maps or not torch.equal(parameter, start.maps[name]), name
+    groups = trainer.create_optimizer().param_groups  # as a second training does
+    assert len(groups) == 2 and [g["weight_decay"] for g in groups] == [0.2, 0.2]
+
+
+def test_a_scheduler_that_cannot_know_the_maps_is_refused(world, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give optimizers=\(optimizer, None\)"):
+        with_optimizer(world, tmp_path, scheduled=True).train()
 
 
 def test_teachers_stay_as_they_are(world, start) -> None:
@@ -496,6 +550,27 @@ def test_shuffled_rows_teach_something_else(run) -> None:
 def test_reentrant_checkpointing_is_refused(start) -> None:
     with pytest.raises(ValueError, match="use_reentrant"):
         start("relation", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+@pytest.mark.parametrize(
+    ("weight", "given", "expected"), [(1.0, None, None), (0.0, None, True), (0.0, False, False)]
+)
+def test_ddp_expects_a_head_that_rests(world, tmp_path: Path, weight: float, given, expected) -> None:
+    """Trainer switches the search for unused parameters off under checkpointing; tests/distributed runs it."""
+    losses = {"cross_entropy": CrossEntropy(weight=weight), "kv_relation": KVRelationLoss()}
+    options = {"gradient_checkpointing": True, "ddp_find_unused_parameters": given}
+    assert world.trainer(tmp_path, losses, **options).args.ddp_find_unused_parameters is expected
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_deepspeed_config_that_overrules_the_recipe_is_refused(world, tmp_path: Path, section: str) -> None:
+    args = world.arguments(tmp_path)
+    config = {"train_batch_size": "auto", "zero_optimization": {"stage": 2}}
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+    check_arguments(args, {})
+    config[section] = {"type": "any"}
+    with pytest.raises(ValueError, match=f"DeepSpeed config has a section {section}, .*leave it out"):
+        check_arguments(args, {})
 
 
 def test_label_smoothing_of_the_trainer_is_refused(start) -> None:

@@ -6,7 +6,7 @@ python docs/results/publish.py                                        # all docu
 A document takes a figure from docs/results/NAME/results.json between two comments, which a reader does not see:
 `<!-- NAME ARM METRIC -->91.2% ± 3.7<!-- / -->`. METRIC is one of the arms' metrics, or steps, tokens or seconds of the
 budget; `ARM METRIC mean` and `ARM METRIC SEED` are the mean alone and one seed's value; `ARM-OTHER METRIC` is the
-difference of two means; `ARM METRIC p` is the p of its comparison.
+difference of two means; `ARM METRIC p` is the p of its comparison, `ARM-OTHER METRIC p` of that with OTHER.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def results(name: str) -> dict[str, Any]:
 def figure(name: str, arm: str, metric: str, other: str | None = None, form: str | None = None) -> str:
     """A figure of a published experiment, as documents show it. LookupError where there is none."""
     found, of_budget = results(name), metric in ("steps", "tokens", "seconds")
-    if (other and form) or (of_budget and (other or form)):
+    if (other and form not in (None, "p")) or (of_budget and (other or form)):
         raise LookupError(f"<!-- {name} {arm} {other} {metric} {form} --> says two things at once")
     if of_budget:
         return f"{found['budget'][arm][metric]:,.0f}"
     values = found["arms"][arm][metric]
+    if form == "p":  # with the arm that it is first compared with, unless another is named
+        pairs = [c for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric]
+        return p_words([c["p"] for c in pairs if other in (None, c["against"])][0])
     if other is not None:
         return f"{percent(metric, mean(values) - mean(found['arms'][other][metric]))} {unit(metric)}"
-    if form == "p":
-        return p_words([c["p"] for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric][0])
     if form == "mean":
         return figure_of(metric, mean(values))
     if form is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..arguments import Recipe
 from ..facts import hardware
@@ -27,7 +29,7 @@ from ..manifest import differences, last_whole
 from ..recipes import dump_recipe, load_recipe
 from ..run import leave_together, train
 from ..trainer import MultiTeacherKVTrainer
-from .fingerprints import digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
+from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
 from .jobs import RECORD
 
 
@@ -120,6 +122,8 @@ class Recorder(TrainerCallback):
             "tokens": int(sum(float(n or 0) for n in self.tokens)),
             "samples": int(sum(map(float, self.samples))), **self.begin,
             "order": self.order(), "cross_entropy": asdict(loss), "processes": args.world_size,
+            "teachers": known_weights(self.trainer), "code": CODE,
+            "selected": bool(args.load_best_model_at_end or args.early_stopping.patience is not None),
             "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
             f"{platform.python_version()}, {os.cpu_count()} cores",
             "metrics": {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")},
@@ -127,10 +131,20 @@ class Recorder(TrainerCallback):
         }  # fmt: skip
 
 
+def known_weights(trainer: MultiTeacherKVTrainer) -> dict[str, list[str]]:
+    """Each teacher's model and a hash of its weights; not of those that are drawn from the run's own seed."""
+    told = trainer.manifest["teachers"].items()
+    return {name: [about["model"], about["weights"]] for name, about in told if "random" not in about}
+
+
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train a recipe; a run that was interrupted goes on from its last whole checkpoint. Returns the record."""
     folder, recorder = Path(str(recipe.args.output_dir)), Recorder()
-    results = train(recipe, resume=goes_on(folder, recipe), watch=recorder.attach)
+    with recipe.args.main_process_first(local=False):  # else a rank might look while another removes
+        resume = goes_on(folder, recipe)
+        if not resume and recipe.args.process_index == 0:
+            remove_begun(folder)
+    results = train(recipe, resume=resume, watch=recorder.attach)
     record = recorder.record(results)
     if recorder.trainer.is_world_process_zero():
         write_text(folder / RECORD, json.dumps(record) + "\n")
@@ -153,6 +167,14 @@ def goes_on(folder: Path, recipe: Recipe) -> bool:
     records = list(folder.glob("progress-*.json"))
     steps = int(checkpoint.name.rpartition("-")[2])  # a process may be killed between a checkpoint and its record
     return bool(records) and all(len(json.loads(r.read_text(encoding="utf-8"))["rows"]) >= steps for r in records)
+
+
+def remove_begun(folder: Path) -> None:
+    """What a run left that cannot go on: its checkpoints, which are the experiment's own, and its progress."""
+    for path in folder.glob("progress-*.json"):
+        path.unlink()
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path)
 
 
 def main(arguments: Sequence[str]) -> int:

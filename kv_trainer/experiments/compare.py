@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -29,8 +30,8 @@ def compare(
 ) -> Study:  # fmt: skip
     """Run what is not finished of an experiment, and write its report. Returns what was found.
 
-    arms, seeds: only these; the arm that all are compared with always runs. ValueError where runs fail, after the
-    others, or where nothing can be reported.
+    arms, seeds: run only these; the arm that all are compared with always runs. The report has all arms that are
+    finished. ValueError where runs fail, after the others, or where nothing can be reported.
     """
     console = console or Console()
     experiment = load_experiment(path, quick)
@@ -51,11 +52,29 @@ def compare(
                 job.check_time(records)
     else:
         records = run_all(console, experiment, jobs)
-    study = study_of(experiment, [arm for arm in experiment.arms if arm in chosen], numbers, records)
+    records = {**records, **others_finished(console, experiment, chosen, numbers)}
+    known = {arm for arm, _ in records} | set(chosen)
+    study = study_of(experiment, [arm for arm in experiment.arms if arm in known], numbers, records)
     folder = Path(experiment.output_dir) / "report"
     write_report(study, folder)
     print_study(console, study, folder)
     return study
+
+
+def others_finished(
+    console: Console, experiment: Experiment, chosen: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """Runs of arms that were not asked for now, where all seeds are there: what is tested together is corrected so."""
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for arm in (arm for arm in experiment.arms if arm not in chosen):
+        try:
+            each = {(arm, seed): Job(experiment, arm, seed).record() for seed in seeds}
+        except (ValueError, OSError) as error:
+            console.print(f"not in the report: {arm}: {error}", style="yellow", markup=False, highlight=False)
+            continue
+        if all(record is not None for record in each.values()):
+            found.update({key: record for key, record in each.items() if record is not None})
+    return found
 
 
 def choose(experiment: Experiment, arms: Sequence[str]) -> list[str]:
@@ -96,6 +115,8 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
         line = f"{done:>{len(str(len(jobs)))}}/{len(jobs)}  {job.arm:<{width}}  seed {job.seed}  {what:>18}  {took}"
         console.print(line, markup=False, highlight=False)
 
+    if experiment.clock == "processor" and torch.cuda.is_available():
+        console.print("clock: processor does not count the seconds of a GPU; set clock: wall", style="yellow")
     for other in experiment.runs_from:
         if not finished(other):
             console.print(f"runs_from: no finished run in {other}", style="yellow", markup=False, highlight=False)
@@ -116,10 +137,9 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
     table.add_column("arm", no_wrap=True)
     for title in (metric, f"against {study.experiment.against}", "95% interval", "p", "verdict"):
         table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
-    compared = {one.arm: one for one in study.judged}
     for arm in study.arms:
-        value = figure_of(metric, mean(study.values[arm][metric]))
-        table.add_row(arm, value, *cells(compared[arm]) if arm in compared else ())
+        value, one = figure_of(metric, mean(study.values[arm][metric])), study.first(arm)
+        table.add_row(arm, value, *cells(one) if one is not None else ())
     console.print()
     console.print(table)
     console.print()
@@ -130,6 +150,9 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
             console.print(f"unequal: {escape(finding.arm)}: {escape(finding.words)} ({escape(finding.allowed)})")
     for finding in violations(study.findings):
         console.print(f"NOT FAIR: {finding.arm}: {finding.words}", style="bold red", markup=False, highlight=False)
+    if study.left_out:
+        words = f"not in this report: {' and '.join(study.left_out)}"
+        console.print(words, style="yellow", markup=False, highlight=False)
     if study.missing:
         console.print(f"not finished: {', '.join(study.missing)}", style="yellow", markup=False, highlight=False)
     if study.experiment.is_quick:
@@ -141,4 +164,5 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
 
 def cells(one: Comparison) -> tuple[str, str, str, str]:
     low, high = (None if x is None else percent(one.metric, x) for x in (one.low, one.high))
-    return percent(one.metric, one.difference), "-" if low is None else f"{low} to {high}", p_words(one.p), one.verdict
+    verdict = "unstable" if "unstable" in one.verdict else one.verdict  # all of it is in the findings
+    return percent(one.metric, one.difference), "-" if low is None else f"{low} to {high}", p_words(one.p), verdict

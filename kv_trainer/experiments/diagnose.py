@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..arguments import Recipe
 from ..files import write_text
-from ..run import build_trainer
+from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
 from .advice import COLLAPSED, INERT, LIMIT, Advice, advise, as_patch, is_inert, refuse_to_overwrite, write_copy
 from .measure import Figure, Measured, Term, measure
@@ -38,7 +38,7 @@ def diagnose(recipe: Recipe, samples: int = 64, write: str | None = None, consol
     if recipe.args.world_size > 1:
         raise ValueError("diagnose runs in one process; start it without accelerate or torchrun.")
     transformers.logging.set_verbosity_warning()
-    trainer = build_trainer(recipe)
+    trainer = build_trainer(side_job(recipe))
     if trainer.taught:
         with output_elsewhere(trainer):
             trainer.calibrate()

@@ -14,6 +14,14 @@ import yaml
 from ..recipe_tree import Node, RecipeError, read_file
 from ..recipe_values import build, mapping, suggest, unknown
 
+# What an arm is given alike -> what it is called. BUDGET: not where an arm is given another arm's seconds.
+BUDGET = {"steps": "optimizer steps", "samples": "samples", "tokens": "supervised tokens", "order": "order of rows"}
+SAME = {
+    "initial": "first weights of the student", "train_rows": "training rows and labels", "eval_rows": "evaluation rows",
+    "cross_entropy": "cross-entropy term",
+}  # fmt: skip
+MAY_DIFFER = tuple(name for name in BUDGET | SAME if name != "eval_rows")
+
 
 @dataclass
 class VerdictRule:
@@ -32,9 +40,9 @@ class VerdictRule:
     def __str__(self) -> str:
         return (
             f"keep: better by more than {self.keep:g} points, and p < {self.p:g} (paired t-test over seeds, "
-            f"Holm-corrected over arms). optional: better by {self.optional:g} points or more, but not keep. drop: "
-            "less than that, or unstable: the standard deviation of the differences over seeds exceeds their mean. "
-            "Fewer than 3 seeds: none."
+            "Holm-corrected over all comparisons). "
+            f"optional: better by {self.optional:g} points or more, but not keep. drop: less than that, or unstable: "
+            "the standard deviation of the differences over seeds exceeds their mean. Fewer than 3 seeds: none."
         )
 
 
@@ -48,6 +56,22 @@ class QuickRuns:
 
 
 @dataclass
+class Unequal:
+    """What an arm is not given alike, because that is what is studied."""
+
+    what: list[str] = field(default_factory=list, metadata={"help": "Such as [train_rows, order, tokens]."})
+    why: str = field(default="", metadata={"help": "Shown in the report."})
+
+    def __post_init__(self) -> None:
+        if not self.what or not self.why:
+            raise ValueError(f"unequal needs both what and why; what: {', '.join(MAY_DIFFER)}.")
+        for name in self.what:
+            if name not in MAY_DIFFER:
+                guess = suggest(name, list(MAY_DIFFER))
+                raise ValueError(f"unequal.what names '{name}'.{guess} It may be {', '.join(MAY_DIFFER)}.")
+
+
+@dataclass
 class Arm:
     """One way of training: the recipe with some settings changed."""
 
@@ -57,8 +81,11 @@ class Arm:
         default=None, metadata={"help": "As many steps as this arm's seconds allow, at the pace of `like`."}
     )
     against: str | None = field(default=None, metadata={"help": "Compare it with this arm, not the experiment's."})
+    also_against: list[str] = field(
+        default_factory=list, metadata={"help": "And with these, where their runs are there."}
+    )
     control: bool = field(default=False, metadata={"help": "It is to show that the gain is not an accident."})
-    unequal: str | None = field(default=None, metadata={"help": "Why its budget may differ; shown in the report."})
+    unequal: Unequal | None = field(default=None, metadata={"help": "What may differ, and why."})
     where: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +122,8 @@ class Experiment:
             raise ValueError(f"seeds is {self.seeds}; give one or more, each once.")
         if self.processes < 1:
             raise ValueError(f"processes is {self.processes}; give 1 or more.")
+        if self.processes > 1 and self.launcher:
+            raise ValueError("processes and launcher: each launched run would take all devices; set processes: 1.")
         if self.runs_from and self.launcher:
             raise ValueError("runs_from has no use with a launcher: other runs were not launched so. Leave one out.")
         if not self.metrics:
@@ -102,6 +131,12 @@ class Experiment:
 
     def compared_with(self, name: str) -> str:
         return self.arms[name].against or self.against
+
+    def pairs(self, arms: Sequence[str]) -> list[tuple[str, str]]:
+        """Which arms are compared with which, of these: each with its own first, then with the further ones."""
+        found = [(name, self.compared_with(name)) for name in arms if name != self.against]
+        found += [(name, other) for name in arms for other in self.arms[name].also_against]
+        return [pair for pair in dict.fromkeys(found) if pair[0] != pair[1] and pair[1] in arms]
 
     def settings(self, name: str) -> dict[str, Any]:
         """The changed settings of an arm, dotted name -> value; what comes later wins."""
@@ -182,6 +217,7 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
         for key in ("like", "seconds_of", "against"):
             if other := getattr(arm, key):
                 named.append((f"arms.{name}.{key}", other, arms.at(name, key)))
+        named += [(f"arms.{name}.also_against", other, arms.at(name, "also_against")) for other in arm.also_against]
     for key, name, where in named:
         if name not in names:
             raise RecipeError(f"{key} {where} is '{name}', which is no arm.{suggest(name, names)} {', '.join(names)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ def digest(*parts: bytes) -> str:
     for part in parts:
         found.update(part)
     return found.hexdigest()
+
+
+def hash_code() -> str:
+    """Of this package's own sources: two runs by one version may still be of two commits."""
+    root = Path(__file__).parents[1]
+    return digest(*(path.read_bytes() for path in sorted(root.rglob("*.py"))))[:12]
+
+
+CODE = hash_code()  # while the sources are those that are imported
 
 
 def hash_weights(model: nn.Module) -> str:

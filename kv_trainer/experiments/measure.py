@@ -119,6 +119,7 @@ def supervision(trainer: MultiTeacherKVTrainer, batch: dict[str, Any]) -> Superv
         trainer.panel.signals(batch, weighing) if trainer.taught else {}, labels, batch["attention_mask"],
         (labels[:, 1:] != -100).sum().clamp_min(1), len(labels), progress=1.0, step=step,
         tasks=batch.get("task"), answer_positions=batch.get("answer_position"),
+        segments=batch.get("segments"),
     )  # fmt: skip
 
 

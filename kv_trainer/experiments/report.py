@@ -28,10 +28,10 @@ CLOCKS = {
     "processor": "Seconds of training are of processor time a thread: runs shared the machine with other work.",
 }
 METHOD = (
-    "p: two-sided paired t-test over seeds, Holm-corrected over all arms compared. Interval: 95%, percentile bootstrap "
-    f"of {RESAMPLES:,} resamples of seeds and of test items, arms paired by both; of few seeds it is narrow. Effect "
-    "size: Cohen's d of the paired differences. Points: percentage points of a share; of another metric, percent of "
-    "the value compared with."
+    "p: two-sided paired t-test over seeds, Holm-corrected over all comparisons of the metric in this report. "
+    f"Interval: 95%, over seeds (Student's) and over test items ({RESAMPLES:,} bootstrap resamples), arms paired by "
+    "both, half-widths added in squares. Effect size: Cohen's d of the paired differences. Points: percentage points "
+    "of a share; of another metric, percent of the value compared with."
 )
 
 
@@ -56,6 +56,7 @@ def as_json(study: Study) -> str:
         "comparisons": [asdict(comparison) for comparison in study.comparisons],
         "reached": there.each if there else {}, "rule": str(study.experiment.verdict),
         "fairness": [asdict(finding) for finding in study.findings], "missing": study.missing,
+        "left_out": study.left_out,
         "machine": study.machines(),
     }  # fmt: skip
     return json.dumps(finite(content), indent=1) + "\n"
@@ -84,6 +85,12 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
         loud.append(Text(f"{len(study.seeds)} seeds: no verdict is given for fewer than {FEWEST}.", loud=True))
     if study.missing:
         loud.append(Text(f"Not finished, and not in this report: {', '.join(study.missing)}.", loud=True))
+    if study.left_out:
+        loud.append(Text(f"Of the experiment, {' and '.join(study.left_out)} are not in this report.", loud=True))
+    chosen = [arm for arm in study.arms if any(study.records[arm, seed].get("selected") for seed in study.seeds)]
+    if chosen:
+        words = "keeps the checkpoint, or stops, by the evaluation rows that are reported: too good to be true"
+        loud.append(Text(f"{', '.join(chosen)}: each {words}.", loud=True))
     seeds = ", ".join(map(str, study.seeds))
     return [
         Heading(title(study), 1),

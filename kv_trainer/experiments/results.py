@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .shared import TAKEN
 from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
 
 NOT_JUDGED = "not judged"  # of every metric but the first
+CONTROL = "control"  # is no candidate
 
 
 @dataclass
@@ -86,17 +87,28 @@ class Study:
                     known = ", ".join(self.values[arm])
                     raise ValueError(f"metrics names '{metric}', which the runs of {arm} do not have; known: {known}.")
             values = {arm: self.values[arm][metric] for arm in self.arms}
-            others = {arm: self.experiment.compared_with(arm) for arm in self.arms}
-            others = {arm: other for arm, other in others.items() if arm != other and arm != self.experiment.against}
-            rule = self.experiment.verdict
-            intervals = {arm: self.interval(arm, metric) for arm in others}
-            each = compare(values, others, metric, rule, intervals.get)
-            found += each if metric == self.experiment.metrics[0] else [replace(c, verdict=NOT_JUDGED) for c in each]
+            intervals = partial(self.interval, metric)
+            for one in compare(values, self.experiment.pairs(self.arms), metric, self.experiment.verdict, intervals):
+                judged = metric == self.experiment.metrics[0]
+                control = CONTROL if self.experiment.arms[one.arm].control else one.verdict
+                found.append(replace(one, verdict=control if judged else NOT_JUDGED))
         return found
 
     @property
     def judged(self) -> list[Comparison]:
         return [c for c in self.comparisons if c.metric == self.experiment.metrics[0]]
+
+    def first(self, arm: str) -> Comparison | None:
+        """Of the judged metric with the arm it is first compared with; None of that one itself."""
+        return next((one for one in self.judged if one.arm == arm), None)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the file has and this study has not, beyond what is missing."""
+        arms = [arm for arm in self.experiment.arms if arm not in self.arms]
+        seeds = [seed for seed in self.experiment.seeds if seed not in self.seeds]
+        found = [f"the arm{'s' * (len(arms) > 1)} {', '.join(arms)}"] if arms else []
+        return found + ([f"the seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"] if seeds else [])
 
     def budget(self, arm: str, name: str) -> float:
         """The mean over seeds of steps, tokens or seconds."""
@@ -118,9 +130,8 @@ class Study:
 
     _items: dict[str, Items | None] = field(default_factory=dict)
 
-    def interval(self, arm: str, metric: str) -> tuple[float, float] | None:
-        """Of the difference to its other: over seeds and test items; over seeds alone where items do not have it."""
-        against = self.experiment.compared_with(arm)
+    def interval(self, metric: str, arm: str, against: str) -> tuple[float, float] | None:
+        """Of the difference of two arms: over seeds and test items; over seeds alone where items do not have it."""
         ours, theirs = self.items(arm), self.items(against)
         paired = ours is not None and theirs is not None and ours.hits.shape == theirs.hits.shape
         every = np.arange(len(self.seeds))
@@ -144,10 +155,15 @@ class Study:
     def machines(self) -> list[str]:
         """What the runs were made on, and from which other experiments some were taken."""
         taken = [record[TAKEN] for record in self.chosen() if TAKEN in record]
-        return sorted({record["machine"] for record in self.chosen()}) + [f"taken from {run}" for run in taken]
+        return sorted({place_of(record) for record in self.chosen()}) + [f"taken from {run}" for run in taken]
 
     def chosen(self) -> list[Mapping[str, Any]]:
         return [self.records[arm, seed] for arm in self.arms for seed in self.seeds]
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    """The machine of a run, and by a hash which version of this package it ran."""
+    return f"{record['machine']}, code {record['code']}" if "code" in record else str(record["machine"])
 
 
 def gather(runs: list[list[dict[str, Any]]]) -> Items | None:

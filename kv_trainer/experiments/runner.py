@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .experiment import Experiment
 from .jobs import LOG, Job, equal_steps
 from .shared import take_finished
@@ -80,7 +82,7 @@ class Runner:
         """
         self._queue = list(jobs)
         with ended_by_signals(), ThreadPoolExecutor(self.experiment.processes) as pool:
-            workers = [pool.submit(self._work) for _ in range(self.experiment.processes)]
+            workers = [pool.submit(self._work, number) for number in range(self.experiment.processes)]
             try:
                 for worker in workers:
                     worker.result()
@@ -100,11 +102,11 @@ class Runner:
                         process.terminate()
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while (job := self._next()) is not None:
             error: Exception | None = None
             try:
-                self._one(job)
+                self._one(job, number)
             except (ValueError, OSError) as found:
                 error = found
             except BaseException:
@@ -126,7 +128,7 @@ class Runner:
                 self._changed.wait()
         return None
 
-    def _one(self, job: Job) -> None:
+    def _one(self, job: Job, number: int) -> None:
         without = [f"{arm}-{seed}" for arm, seed in job.waits_for if (arm, seed) not in self.records]
         if without:
             raise RunFailed(f"it waits for {without[0]}, which failed")
@@ -135,13 +137,13 @@ class Runner:
             record = job.record()
         ran = record is None
         if record is None:
-            record = self._start(job, equal_steps(job, self.records))
+            record = self._start(job, equal_steps(job, self.records), number)
         job.check_time({**self.records, (job.arm, job.seed): record})
         with self._changed:
             self.records[job.arm, job.seed] = record
             self.told(job, record, ran)
 
-    def _start(self, job: Job, steps: int | None) -> dict[str, Any]:
+    def _start(self, job: Job, steps: int | None, number: int) -> dict[str, Any]:
         job.folder.mkdir(parents=True, exist_ok=True)
         launcher = self.experiment.launcher or [sys.executable]
         command = [*launcher, "-m", "kv_trainer.experiments.arm", self.experiment.recipe, *job.overrides(steps)]
@@ -150,7 +152,8 @@ class Runner:
                 if self._stopped:
                     raise RunFailed("stopped")
                 process = subprocess.Popen(
-                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment(),
+                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    env=self._environment(number),
                     start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the others whole
                 )  # fmt: skip
                 self._running[job] = process
@@ -166,9 +169,23 @@ class Runner:
             raise RunFailed(f"{last} (exit status {code}; see {job.folder / LOG})")
         return record
 
-    def _environment(self) -> dict[str, str]:
-        """Runs beside each other share the cores: more threads than cores slow all of them down."""
-        if self.experiment.processes == 1 or "OMP_NUM_THREADS" in os.environ:
-            return dict(os.environ)
+    def _environment(self, number: int) -> dict[str, str]:
+        """Runs beside each other share cores and GPUs: more threads than cores slow all of them down, and of all GPUs
+        that it sees a run would take the first.
+        """
+        found = dict(os.environ)
+        if self.experiment.processes == 1:
+            return found
         threads = max(1, (os.cpu_count() or 1) // self.experiment.processes)
-        return {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        found.setdefault("OMP_NUM_THREADS", str(threads))
+        if gpus := visible_gpus():
+            found["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        return found
+
+
+def visible_gpus() -> list[str]:
+    """By the names that CUDA_VISIBLE_DEVICES takes."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]

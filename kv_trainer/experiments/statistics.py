@@ -24,8 +24,8 @@ class Comparison:
     """One metric of an arm against that of another, paired by seed.
 
     difference: arm - against, of the means over seeds. low, high: 95% interval of it, None where it cannot be had.
-    p: Holm-corrected over arms; p_raw: before that. effect: Cohen's d of the paired differences, None where they do
-    not vary. points: as the rule counts them, positive where the arm is better.
+    p: Holm-corrected over all comparisons of the metric; p_raw: before that. effect: Cohen's d of the paired
+    differences, None where they do not vary. points: as the rule counts them, positive where the arm is better.
     """
 
     arm: str
@@ -91,17 +91,23 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(seeds: int, items: int, difference: Value, resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """95% percentile interval of a difference under resampling of both seeds and test items; the same every time.
+    """95% interval of a difference over both seeds and test items; the same every time.
 
-    difference: numbers of seeds and of items -> the difference over these. Arms stay paired: they share both.
+    difference: numbers of seeds and of items -> the difference over these. Arms stay paired: they share both. Two
+    half-widths are added in squares: of seeds, Student's (percentiles of three seeds are no wider than the seeds'
+    own range), and of items, the standard error of a bootstrap in which each is as often there for all seeds and arms.
     """
     if seeds < 2 or items < 2:
         return None
-    found = stats.bootstrap(
-        (np.arange(seeds), np.arange(items)), difference, n_resamples=resamples, vectorized=False, paired=False,
+    every, rows = np.arange(seeds), np.arange(items)
+    middle, each = difference(every, rows), [difference(every[[seed]], rows) for seed in every]
+    error = stats.bootstrap(
+        (rows,), lambda chosen: difference(every, chosen), n_resamples=resamples, vectorized=False,
         method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return (float(found.low), float(found.high)) if math.isfinite(found.low + found.high) else None
+    ).standard_error  # fmt: skip
+    of_seeds = stats.t.ppf(0.975, seeds - 1) * std(each) / math.sqrt(seeds)
+    half = math.hypot(of_seeds, stats.norm.ppf(0.975) * error)
+    return (float(middle - half), float(middle + half)) if math.isfinite(middle + half) else None
 
 
 def interval_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
@@ -142,19 +148,20 @@ def verdict(
 
 
 def compare(
-    values: Mapping[str, Sequence[float]], against: Mapping[str, str], metric: str, rule: VerdictRule,
-    intervals: Callable[[str], tuple[float, float] | None],
+    values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], metric: str, rule: VerdictRule,
+    intervals: Callable[[str, str], tuple[float, float] | None],
 ) -> list[Comparison]:  # fmt: skip
-    """Every arm against its other. values: arm -> one value a seed; intervals: arm -> that of its difference."""
-    raw = {arm: paired_p(values[arm], values[other]) for arm, other in against.items()}
-    known = {arm: p for arm, p in raw.items() if p is not None and math.isfinite(p)}
+    """Arms against others. values: arm -> one value a seed; intervals: of the difference of two arms."""
+    raw = {(arm, other): paired_p(values[arm], values[other]) for arm, other in pairs}
+    known = {pair: p for pair, p in raw.items() if p is not None and math.isfinite(p)}
     corrected = dict(zip(known, holm(list(known.values())), strict=True))
     found = []
-    for arm in raw:
-        ours, theirs, p = values[arm], values[against[arm]], corrected.get(arm)
-        low, high = intervals(arm) or (None, None)
+    for pair in raw:
+        (arm, other), p = pair, corrected.get(pair)
+        ours, theirs = values[arm], values[other]
+        low, high = intervals(arm, other) or (None, None)
         found.append(Comparison(
-            arm, against[arm], metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
-            points(ours, theirs, metric), raw[arm], cohens_d(ours, theirs), std(np.subtract(ours, theirs).tolist()),
+            arm, other, metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
+            points(ours, theirs, metric), raw[pair], cohens_d(ours, theirs), std(np.subtract(ours, theirs).tolist()),
         ))  # fmt: skip
     return found

@@ -38,8 +38,7 @@ def finding_of(study: Study, one: Comparison) -> str:
     start = f"{one.arm}: {one.metric} {value}, {apart}"
     if one.low is not None and one.high is not None:
         start += f" (95% interval {percent(one.metric, one.low)} to {percent(one.metric, one.high)}, {sure})"
-    arm = study.experiment.arms[one.arm]
-    if arm.control:
+    if study.experiment.arms[one.arm].control and one == study.first(one.arm):
         return f"{start}. Control: {share_of_gain(study, one)}."
     return f"{start}. Verdict: {one.verdict}."
 
@@ -48,7 +47,8 @@ def share_of_gain(study: Study, one: Comparison) -> str:
     """How much of the best arm's gain a control has too."""
     best = next(iter(study.ranked()), None)
     sign = -1 if lower_is_better(one.metric) else 1
-    gains = {other.arm: sign * other.difference for other in study.judged}
+    firsts = {arm: study.first(arm) for arm in study.arms}
+    gains = {arm: sign * other.difference for arm, other in firsts.items() if other is not None}
     if best is None or gains.get(best, 0.0) <= 0 or not math.isfinite(gains[best]):
         return "no other arm has a gain that it could be measured against"
     return f"{max(0.0, gains[one.arm]) / gains[best]:.0%} of the gain of {best}, the best arm"
@@ -61,9 +61,10 @@ def steps_of_timed(study: Study) -> list[str]:
         other = study.experiment.arms[name].seconds_of
         if other is not None:
             steps = ", ".join(f"{study.records[name, seed]['steps']:,}" for seed in study.seeds)
-            took, given = study.budget(name, "seconds"), study.budget(other, "seconds")
+            each = [study.records[name, s]["seconds"] / study.records[other, s]["seconds"] for s in study.seeds]
+            took = ", ".join(f"{share:.0%}" for share in each)
             lines.append(
-                f"{name} trained as long as {other} with the same seed: {steps} steps; {took:.0f} s on average, "
-                f"{other} {given:.0f} s."
+                f"{name} was given the seconds of {other} with the same seed, at the pace of "
+                f"{study.experiment.arms[name].like}: {steps} steps. It took {took} of them."
             )
     return lines

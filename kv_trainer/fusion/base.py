@@ -90,10 +90,13 @@ def check_given(given: Sequence[float]) -> None:
 def teacher_shares(fusion: Fusion, inputs: FusionInputs) -> Tensor:
     """[M, B] or [M, L, B] shares that sum to one over teachers.
 
-    A share below MIN_SHARE becomes exactly zero, so that such a teacher need not run on such a sample at all.
+    Where a row's shares are remembered, one below MIN_SHARE becomes exactly zero: such a teacher need not run on such a
+    sample at all.
     """
     if len(inputs.given) == 1:
         return torch.ones(1, len(inputs.tokens), device=inputs.tokens.device)
     share = fusion.shares(inputs)
+    if not fusion.remembered:  # all teachers run anyway, and a trained gate must find back from an extreme
+        return share
     share = torch.where(share < MIN_SHARE, 0.0, share)
     return share / share.sum(0)

@@ -47,15 +47,19 @@ class MinNorm(Uniform):
         # An element in which a teacher has no share, such as a masked one, is no pull.
         scaled = differences * weight.sqrt()
         pulls = scaled.movedim(keep, 1).flatten(2).transpose(0, 1)  # [B, M, elements]
-        found = min_norm_weights(pulls @ pulls.mT).T  # [M, B]
+        there = (weight > 0).movedim(keep, 1).flatten(2).any(2).T  # [B, M]
+        found = min_norm_weights(pulls @ pulls.mT, there).T  # [M, B]
         for axis in others:
             found = found.unsqueeze(axis)
-        return found * weight
+        found = found * weight
+        # Where only teachers speak that the mixture leaves out, they are better than nobody.
+        return torch.where(found.sum(0) > 0, found, weight)
 
 
-def min_norm_weights(products: Tensor) -> Tensor:
+def min_norm_weights(products: Tensor, there: Tensor | None = None) -> Tensor:
     """Weights [B, M] on the simplex that minimise w' A w; products A [B, M, M], symmetric and positive semidefinite.
 
+    there: [B, M] bool, the teachers that have anything to say; the pull of another is zero, and would be the shortest.
     On the face of the teachers S, w is proportional to (A_S)^-1 1; the best face whose weights are all positive is
     the answer. There are 2^M - 1 faces: meant for a handful of teachers.
     """
@@ -63,6 +67,7 @@ def min_norm_weights(products: Tensor) -> Tensor:
     size = products.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
     best = products.new_full((batch,), torch.inf)
     weights = products.new_full((batch, count), 1 / count)
+    there = torch.ones_like(weights, dtype=torch.bool) if there is None else there
     for number in range(1, count + 1):
         for face in combinations(range(count), number):
             index = torch.tensor(face, device=products.device)
@@ -71,7 +76,7 @@ def min_norm_weights(products: Tensor) -> Tensor:
             solved = torch.linalg.solve(part, part.new_ones(batch, number, 1)).squeeze(2)
             share = solved / solved.sum(1, keepdim=True)
             value = torch.einsum("bi,bij,bj->b", share, part, share)
-            better = (share >= 0).all(1) & (value < best)
+            better = (share >= 0).all(1) & (value < best) & there[:, index].all(1)
             best = torch.where(better, value, best)
             full = torch.zeros_like(weights).index_copy(1, index, share)
             weights = torch.where(better[:, None], full, weights)

@@ -18,7 +18,8 @@ class LogitKD(DistillationLoss):
     """Forward KL from each teacher's next-token distribution to the student's, averaged with the fusion weights.
 
     KL(teacher || student) x temperature^2 over the tokens that both vocabularies hold, both sides renormalised over
-    these, at the supervised positions that are aligned with the teacher. Position t predicts label t + 1.
+    these, at the supervised positions that are aligned with the teacher, times the teacher's probability of these
+    tokens (the chain rule of KL: 1 where the vocabularies are the same). Position t predicts label t + 1.
     Teacher logits are made `chunk` positions at a time and made again in the backward pass: their whole tensor, larger
     than the student's own, is never there.
 
@@ -64,13 +65,17 @@ class LogitKD(DistillationLoss):
         total = torch.zeros((), device=logits.device)
         for states, teacher, weight in zip(hidden, teachers, share, strict=True):
             with torch.no_grad():
-                theirs = taken(teacher.head(states), teacher.teacher_ids).float()
-                target = F.log_softmax(theirs / self.temperature, dim=-1)
+                every = teacher.head(states).float() / self.temperature
+                theirs = taken(every, teacher.teacher_ids)
+                target = F.log_softmax(theirs, dim=-1)
+                # Where tokens that the student does not have hold most of its mass, the shared ones are noise.
+                shared = teacher.teacher_ids is not None
+                known = (theirs.logsumexp(-1) - every.logsumexp(-1)).exp() if shared else weight.new_ones(())
             ours = taken(logits, teacher.student_ids).float()
             assert ours.shape == target.shape, f"{ours.shape} and {target.shape}: name the tokens that both hold"
             ours = F.log_softmax(ours / self.temperature, dim=-1)
             kl = F.kl_div(ours, target, reduction="none", log_target=True).sum(-1)
-            total = total + (weight * kl).sum()
+            total = total + (weight * known * kl).sum()
         return total * self.temperature**2
 
 

@@ -35,7 +35,8 @@ class KVRelationLoss(LayerwiseLoss):
     positions x positions. Teacher m counts sqrt(w_i w_j) for a pair of positions, w its fusion weights in their two
     samples: a pair that no teacher is trusted with hardly counts. The term is
     sum W (G_student - G_fused)^2 / sum W G_fused^2 off the diagonal: 0 where the geometry agrees, 1 for a student
-    whose positions are unrelated.
+    whose positions are unrelated. (Where teachers cover unlike positions of a group, each side is centred over its own,
+    and the best student keeps a small error.)
 
     parts: which states are compared.
     samples: so many consecutive samples of a micro-batch make a group. Relations across samples carry what one

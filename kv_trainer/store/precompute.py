@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..arguments import Recipe, StoreConfig
 from ..files import write_text
 from ..fusion import method_of
 from ..manifest import differences, tokenizer_hash
-from ..run import build_trainer
+from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
 from .shards import FORMAT, RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
 from .teacher import column_of, how_loaded, what_is_read
@@ -40,9 +39,9 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     if not recipe.teachers:
         raise ValueError("The recipe has no teachers, so there is nothing to store.")
     live = {name: replace(teacher, source="live") for name, teacher in recipe.teachers.items()}
-    args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
-    args.data = replace(args.data, eval_split=None)
-    trainer = build_trainer(replace(recipe, teachers=live, args=args))
+    job = side_job(replace(recipe, teachers=live))
+    job.args.data = replace(job.args.data, eval_split=None)
+    trainer = build_trainer(job)
     raw, folder, console = form_of(store) == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
     begun = describe(trainer, recipe)
     check_same(folder, begun)

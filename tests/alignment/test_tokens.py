@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from kv_trainer.alignment.tokens import BOS, EOS, Span, span_index, take
-from kv_trainer.text import Example, Reader, encode
+from kv_trainer.examples import Example
+from kv_trainer.text import Reader, encode
 from kv_trainer.types import KVStates
 
 PARTS = {0: 7, 1: 9}  # characters in each segment

@@ -29,6 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "projectors, two teachers, checkpointing": {
         "losses": "projectors", "teachers": 2, "options": {"gradient_checkpointing": True},
     },
+    "keys and values alone, checkpointing": {  # the head, and most of the last layer, get no gradient
+        "losses": "without logits", "teachers": 1, "options": {"gradient_checkpointing": True},
+    },
     "saved on the way, the best loaded at the end": {  # turned around, so that it is not the last
         "losses": "projectors", "teachers": 2, "evaluate": True,
         "options": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, **ADAM,

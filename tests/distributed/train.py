@@ -43,6 +43,7 @@ LOSSES: dict[str, dict[str, DistillationLoss]] = {
     "gathered": {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss(samples=4, gather=True)},
     "projectors": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5)},
     "all": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=0.5), "logit_kd": LogitKD(weight=0.1)},
+    "without logits": {"cross_entropy": CrossEntropy(weight=0.0), "kv_relation": KVRelationLoss(samples=1)},
     "share": {"cross_entropy": CrossEntropy(), "kv": KVLoss(weight=GradientShare(0.3, every=2))},
 }
 

@@ -74,6 +74,18 @@ def test_evaluate_writes_the_same_predictions(plain: tuple[Path, dict[str, Any]]
     assert [row["nll"] for row in ours] == pytest.approx([row["nll"] for row in theirs], rel=1e-4)
 
 
+def test_a_run_that_cannot_go_on_begins_anew(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Its checkpoints are there without the record of their rows: none of them may be taken for the new run's."""
+    saves = {"training__save_strategy": "steps", "training__save_steps": 2}
+    record(tmp_path, **ALONE, **saves)
+    (tmp_path / "arm.json").unlink()
+    (tmp_path / "progress-0.json").write_text('{"rows": []}')
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-6")
+    again = record(tmp_path, **ALONE, **saves)
+    assert {name: again[name] for name in SAME} == {name: plain[1][name] for name in SAME}
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_a_run_that_goes_on_has_the_record_of_one_that_was_never_stopped(
     plain: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

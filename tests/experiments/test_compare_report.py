@@ -14,13 +14,14 @@ import pytest
 from rich.console import Console
 
 from kv_trainer.experiments.compare import print_study
-from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.experiment import Unequal, load_experiment
 from kv_trainer.experiments.fairness import check_budget, violations
 from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.reach import reached, trailing
 from kv_trainer.experiments.report import write_report
 from kv_trainer.experiments.results import Items, Study, study_of
 from kv_trainer.experiments.statistics import bootstrap
+from kv_trainer.experiments.words import finding_of
 
 EXPERIMENT = """recipe: r.yaml
 output_dir: out
@@ -99,7 +100,8 @@ def test_results_have_what_others_read(study: Study, no_pictures: None) -> None:
     assert one["difference"] == pytest.approx(0.7)
     assert one["low"] < 0.7 < one["high"]
     assert {c["verdict"] for c in found["comparisons"] if c["metric"] == "perplexity"} == {"not judged"}
-    assert found["fairness"] == [] and found["reached"]["taught"]["steps"] == [24, 24, 24]
+    assert [f["arm"] for f in found["fairness"]] == ["timed"], "a third of the seconds is not as long"
+    assert found["left_out"] == [] and found["reached"]["taught"]["steps"] == [24, 24, 24]
 
 
 def test_the_report_is_whole_and_stands_alone(study: Study) -> None:
@@ -110,7 +112,8 @@ def test_the_report_is_whole_and_stands_alone(study: Study) -> None:
         assert f"## {title}" in text and f"<h2>{title}" in page
     assert "taught: accuracy 83.3%, +70.0 points from ce" in text and "Verdict: keep." in text
     assert "Control: 14% of the gain of taught, the best arm" in text
-    assert "timed trained as long as taught with the same seed: 40, 40, 40 steps; 40 s on average, taught 120 s" in text
+    assert "timed was given the seconds of taught with the same seed, at the pace of ce: 40, 40, 40 steps. " in text
+    assert "It took 33%, 33%, 33% of them." in text and "NOT FAIR: timed: took 33% (seed 1), 33% (seed 2)" in text
     assert "OMP_NUM_THREADS=1 kv-trainer train r.yaml --training.seed 1 --training.output_dir out/ce-1" in text
     pictures = sorted(path.name for path in (folder / "figures").iterdir())
     assert pictures == ["arms.png", "curves.png", "reached.png", "routing_task_taught.png", "terms.png"]
@@ -138,12 +141,56 @@ def test_what_may_differ(study: Study) -> None:
     experiment, records = study.experiment, study.records
     for seed in study.seeds:
         records["timed", seed] |= {"steps": 99, "tokens": 1, "samples": 2, "order": "x"}
+        records["timed", seed]["seconds"] = 1.09 * records["taught", seed]["seconds"]
     assert check_budget(experiment, study.arms, study.seeds, records) == []
-    records["timed", 1]["initial"] = "another"
-    assert [f.arm for f in violations(check_budget(experiment, study.arms, study.seeds, records))] == ["timed"]
-    experiment.arms["timed"].unequal = "for a reason"
+    records["timed", 1] |= {"initial": "another", "cross_entropy": "another"}
+    told = violations(check_budget(experiment, study.arms, study.seeds, records))
+    assert [f.words.split(" differ")[0] for f in told] == ["first weights of the student", "cross-entropy term"]
+    experiment.arms["timed"].unequal = Unequal(["initial"], "for a reason")
     found = check_budget(experiment, study.arms, study.seeds, records)
-    assert violations(found) == [] and found[0].allowed == "for a reason"
+    assert [f.allowed for f in found] == ["for a reason", None], "what is not named is not allowed"
+    with pytest.raises(ValueError, match="unequal.what names 'eval_rows'.*It may be steps, samples"):
+        Unequal(["eval_rows"], "no")
+
+
+def test_files_that_changed_between_runs_are_seen(study: Study) -> None:
+    """The same recipe, but rows or a teacher made anew under the same name after the first seed."""
+    records, names = study.records, ["ce", "taught", "control"]
+    for arm in names:
+        for seed in study.seeds:
+            records[arm, seed]["teachers"] = {} if arm == "ce" else {"math": ["big", "w1"]}
+            records[arm, seed] |= {"train_rows": f"t{seed > 1}", "eval_rows": "e"}
+    words = [f.words for f in check_budget(study.experiment, names, study.seeds, records)]
+    assert words == ["training rows and labels of seed 2, 3 differ from those of seed 1"] * 3
+    for seed in study.seeds:
+        for arm in names:
+            records[arm, seed]["train_rows"] = "t"
+    records["control", 3]["teachers"] = {"math": ["big", "w2"]}
+    assert [(f.arm, f.words) for f in violations(check_budget(study.experiment, names, study.seeds, records))] == [
+        ("control", "the weights of math are not those of taught-1, seed 3")
+    ]
+    records["control", 3]["teachers"] = {"math": ["another", "w2"]}
+    assert check_budget(study.experiment, names, study.seeds, records) == [], "another model is another teacher"
+
+
+def test_an_arm_may_be_tested_against_several_others(study: Study) -> None:
+    study.experiment.arms["taught"].also_against = ["timed", "control"]
+    pairs = [(c.arm, c.against) for c in study.judged]
+    assert pairs == [("timed", "ce"), ("taught", "ce"), ("control", "ce"), ("taught", "timed"), ("taught", "control")]
+    assert study.first("taught").against == "ce" and study.first("ce") is None
+    assert study.judged[2].verdict == "control" and study.judged[4].verdict.startswith("none: the seeds do not differ")
+    said = [finding_of(study, one) for one in study.judged]
+    assert "Control: 14% of the gain of taught" in said[2] and "+60.0 points from control" in said[4]
+
+
+def test_what_the_file_has_beyond_the_report_is_named(study: Study, no_pictures: None) -> None:
+    study.experiment.seeds = [1, 2, 3, 4, 5]
+    some = study_of(study.experiment, ["ce", "taught"], [1, 2, 3], study.records)
+    some.records["taught", 1]["selected"] = True
+    write_report(some, Path("out/report"))
+    text = Path("out/report/report.md").read_text()
+    assert "**Of the experiment, the arms timed, control and the seeds 4, 5 are not in this report.**" in text
+    assert "**taught: each keeps the checkpoint, or stops, by the evaluation rows that are reported" in text
 
 
 def test_an_arm_may_have_another_to_be_compared_with(study: Study) -> None:
@@ -151,7 +198,7 @@ def test_an_arm_may_have_another_to_be_compared_with(study: Study) -> None:
     study.records["control", 1]["order"] = study.records["timed", 1]["order"] = "another"
     one = next(c for c in study.judged if c.arm == "control")
     assert (one.against, one.difference, one.p_raw) == ("timed", 0.0, 1.0)
-    assert study.findings == [], "equal to its own"
+    assert {f.arm for f in study.findings} == {"timed"}, "equal to its own"
 
 
 def test_two_seeds_are_no_verdict(study: Study, no_pictures: None) -> None:
@@ -185,7 +232,7 @@ def test_items_give_the_metrics(study: Study) -> None:
     every = [0, 1, 2], slice(None)
     for metric in ("accuracy", "accuracy_even", "accuracy_macro"):
         assert items.value(metric, *every) == pytest.approx(sum(study.values["taught"][metric]) / 3)
-    low, high = study.interval("taught", "perplexity")
+    low, high = study.interval("perplexity", "taught", "ce")
     assert low < high < 0, "lower than that of ce"
 
 

@@ -26,6 +26,7 @@ from kv_trainer.experiments.diagnose import print_diagnosis
 from kv_trainer.experiments.measure import Figure, Measured, Term, hear, measure, real_batches, run_student, trainable
 from kv_trainer.experiments.probes import Costs, collapse, gradient_cosine, target_variance, without_student
 from kv_trainer.losses import CKALoss, CrossEntropy, DistillationLoss, GradientShare, KVLoss, KVRelationLoss, LossInputs
+from kv_trainer.publish import HubTrainer
 from kv_trainer.recipes import load_recipe
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -434,6 +435,14 @@ def test_a_swamping_weight_is_lowered_in_the_copy(
     other = tmp_path / "other.yaml"
     assert command(tmp_path, f"--write={other}") == 0  # as published: nothing swamps, nothing is inert
     assert not other.exists() and "nothing to change, so" in capsys.readouterr().out
+
+
+def test_no_repository_is_made_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HubTrainer, "init_hf_repo", lambda *args, **options: pytest.fail("it was made"))
+    training = ["eval_strategy=steps", "save_strategy=steps", "load_best_model_at_end=true", "push_to_hub=true"]
+    asked = [f"--training.{each}" for each in training]
+    assert command(tmp_path, *asked, "--early_stopping.patience=2") == 0
+    assert (tmp_path / "out" / "diagnosis.json").exists()
 
 
 def test_wrong_usage_and_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.compare import others_finished
+from kv_trainer.experiments.experiment import Experiment, load_experiment
 from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.runner import Runner, alone
 from kv_trainer.experiments.shared import take_finished
@@ -23,7 +26,8 @@ words = sys.argv[1:]
 get = lambda name: words[words.index(name) + 1] if name in words else None
 folder = pathlib.Path(get("--training.output_dir"))
 with open("log", "a") as log:
-    log.write(f"{folder.name} {get('--training.max_steps')} {os.environ.get('OMP_NUM_THREADS')}\\n")
+    log.write(f"{folder.name} {get('--training.max_steps')} {os.environ.get('OMP_NUM_THREADS')} "
+              f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 if folder.name.startswith("hangs"):
     time.sleep(60)
 if folder.name.startswith("fails"):
@@ -47,11 +51,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def runner(arms: str, processes: int = 2) -> Runner:
-    launcher = json.dumps([sys.executable, "fake.py"])
-    Path("e.yaml").write_text(
-        f"recipe: r.yaml\nseeds: [1, 2]\nprocesses: {processes}\nlauncher: {launcher}\narms: {arms}"
-    )
-    return Runner(load_experiment("e.yaml"), lambda job, record, ran: told.append((job.arm, job.seed, ran)))
+    Path("e.yaml").write_text(f"recipe: r.yaml\nseeds: [1, 2]\nprocesses: {processes}\narms: {arms}")
+    experiment = load_experiment("e.yaml")
+    experiment.launcher = [sys.executable, "fake.py"]
+    return Runner(experiment, lambda job, record, ran: told.append((job.arm, job.seed, ran)))
 
 
 told: list = []
@@ -93,7 +96,7 @@ def test_runs_of_another_experiment_with_the_same_settings_are_taken(monkeypatch
     second.experiment.runs_from = ["one", "nowhere"]
     made: list[str] = []
 
-    def start(self: Runner, job: Job, steps: int | None) -> dict:
+    def start(self: Runner, job: Job, steps: int | None, number: int) -> dict:
         made.append(job.folder.name)
         return {"steps": 10, "seconds": 1.0}
 
@@ -177,6 +180,36 @@ def test_processes_beside_each_other_share_the_cores(monkeypatch: pytest.MonkeyP
     one = runner("{ce: {}}", processes=2)
     one.run(jobs(one))
     assert Path("log").read_text().split("\n")[0].split()[2] == "4"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("4,7", {"4", "7"}), (None, {"0", "1", "2"}), ("", {""})])
+def test_processes_beside_each_other_have_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: set[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    one = runner("{ce: {}, a: {}, b: {}, c: {}}", processes=len(expected))
+    given = [one._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(len(expected))]
+    assert set(given) == expected
+    one.run(jobs(one))
+    assert {line.split(" ")[3] for line in Path("log").read_text().splitlines()} <= expected
+    with pytest.raises(ValueError, match="each launched run would take all devices"):
+        Experiment(processes=2, launcher=["accelerate", "launch"])
+
+
+def test_a_part_that_is_run_again_is_reported_with_all_that_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one arm alone would be tested as if it were the only one."""
+    one = runner("{ce: {}, a: {}, b: {}, c: {}}")
+    one.run([Job(one.experiment, arm, seed) for arm in ("ce", "a", "b") for seed in (1, 2)])
+    one.run([Job(one.experiment, "c", 1)])
+    shown = io.StringIO()
+    found = others_finished(Console(file=shown), one.experiment, ["ce", "a"], [1, 2])
+    assert sorted(found) == [("b", 1), ("b", 2)] and not shown.getvalue()
+    (Path(one.experiment.output_dir) / "b-1" / "recipe.yaml").write_text("{training: {max_steps: 11}}")
+    assert others_finished(Console(file=shown, width=999), one.experiment, ["ce", "a"], [1, 2]) == {}
+    assert "not in the report: b: " in shown.getvalue() and "of other settings" in shown.getvalue()
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:

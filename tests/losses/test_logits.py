@@ -20,13 +20,15 @@ def naive(inputs: LossInputs, temperature: float) -> Tensor:
     for m, (name, teacher) in enumerate(inputs.teachers.items()):
         said = inputs.teacher_logits[name]
         theirs, ours = said.head(said.hidden).double(), inputs.logits.double()
+        whole = theirs.div(temperature).softmax(-1)
+        known = whole.sum(-1) if said.teacher_ids is None else whole[..., said.teacher_ids].sum(-1)
         if said.student_ids is not None:
             theirs, ours = theirs[..., said.teacher_ids], ours[..., said.student_ids]
         p, q = (x.div(temperature).softmax(-1) for x in (theirs, ours))
         for b, row in enumerate(inputs.labels):
             for t in range(len(row) - 1):
                 if row[t + 1] != -100 and teacher.mask[b, t]:
-                    total = total + inputs.weights[m, b] * (p[b, t] * (p[b, t] / q[b, t]).log()).sum()
+                    total = total + inputs.weights[m, b] * known[b, t] * (p[b, t] * (p[b, t] / q[b, t]).log()).sum()
     return total * temperature**2 / inputs.num_tokens
 
 
@@ -65,6 +67,25 @@ def test_tokens_that_one_side_lacks_do_not_count() -> None:
     unshared = torch.ones(inputs.logits.shape[2], dtype=torch.bool)
     unshared[said.student_ids] = False
     assert unshared.any() and (inputs.logits.grad[..., unshared] == 0).all() and inputs.logits.grad.abs().sum() > 0
+
+
+def test_a_teacher_that_is_sure_of_a_token_the_student_lacks_teaches_next_to_nothing() -> None:
+    inputs = random_inputs(teachers=((3, 4),))
+    inputs.teachers["t0"].mask[:] = True
+    said, vocabulary = inputs.teacher_logits["t0"], inputs.logits.shape[2]
+    ids = torch.arange(vocabulary)
+
+    def head(hidden: Tensor) -> Tensor:  # a token behind the shared ones takes all but 1e-4
+        logits = said.head(hidden)[:, :vocabulary].log_softmax(-1)
+        return torch.cat([logits, torch.full_like(logits[:, :1], 9.2)], 1)
+
+    flat = TeacherLogits(said.hidden, lambda hidden: said.head(hidden)[:, :vocabulary], ids, ids)
+    sure = TeacherLogits(said.hidden, head, ids, ids)
+    values = []
+    for each in (flat, sure):
+        inputs.teacher_logits["t0"] = each
+        values.append(LogitKD()(inputs).item())
+    assert values[1] == pytest.approx(1e-4 * values[0], rel=0.02)
 
 
 def test_unlike_vocabularies_must_be_matched() -> None:

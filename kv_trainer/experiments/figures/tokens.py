@@ -13,8 +13,9 @@ from ...alignment.tokens import span_index
 from ...arguments import DataConfig, Recipe
 from ...curve import FAINT, INK, PALETTE
 from ...data import Reader, load_split
+from ...examples import example_of
 from ...models import load_tokenizer
-from ...text import encode, example_of
+from ...text import encode
 from .style import new_figure, save
 
 ROWS, MOST = 50, 3  # rows of which the shortest is drawn; teachers that fit into a picture
