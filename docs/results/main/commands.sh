@@ -1,0 +1,32 @@
+#!/bin/sh
+set -e
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 1 --training.output_dir outputs/experiments/quickstart/ce-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 2 --training.output_dir outputs/experiments/quickstart/ce-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 3 --training.output_dir outputs/experiments/quickstart/ce-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 2590 --training.seed 1 --training.output_dir outputs/experiments/quickstart/ce_equal_time-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 2644 --training.seed 2 --training.output_dir outputs/experiments/quickstart/ce_equal_time-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 2387 --training.seed 3 --training.output_dir outputs/experiments/quickstart/ce_equal_time-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv_relation null --losses.logit_kd '{weight: 3.0}' --training.seed 1 --training.output_dir outputs/experiments/quickstart/logit_kd-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv_relation null --losses.logit_kd '{weight: 3.0}' --training.seed 2 --training.output_dir outputs/experiments/quickstart/logit_kd-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --losses.kv_relation null --losses.logit_kd '{weight: 3.0}' --training.seed 3 --training.output_dir outputs/experiments/quickstart/logit_kd-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.letters null --training.seed 1 --training.output_dir outputs/experiments/quickstart/one_teacher_a-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.letters null --training.seed 2 --training.output_dir outputs/experiments/quickstart/one_teacher_a-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.letters null --training.seed 3 --training.output_dir outputs/experiments/quickstart/one_teacher_a-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain null --training.seed 1 --training.output_dir outputs/experiments/quickstart/one_teacher_b-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain null --training.seed 2 --training.output_dir outputs/experiments/quickstart/one_teacher_b-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain null --training.seed 3 --training.output_dir outputs/experiments/quickstart/one_teacher_b-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --fusion '{method: uniform}' --training.seed 1 --training.output_dir outputs/experiments/quickstart/two_uniform-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --fusion '{method: uniform}' --training.seed 2 --training.output_dir outputs/experiments/quickstart/two_uniform-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --fusion '{method: uniform}' --training.seed 3 --training.output_dir outputs/experiments/quickstart/two_uniform-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 1 --training.output_dir outputs/experiments/quickstart/two_routed-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 2 --training.output_dir outputs/experiments/quickstart/two_routed-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 3 --training.output_dir outputs/experiments/quickstart/two_routed-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle rows --training.seed 1 --training.output_dir outputs/experiments/quickstart/shuffled_rows-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle rows --training.seed 2 --training.output_dir outputs/experiments/quickstart/shuffled_rows-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle rows --training.seed 3 --training.output_dir outputs/experiments/quickstart/shuffled_rows-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle positions --training.seed 1 --training.output_dir outputs/experiments/quickstart/shuffled_positions-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle positions --training.seed 2 --training.output_dir outputs/experiments/quickstart/shuffled_positions-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --control.shuffle positions --training.seed 3 --training.output_dir outputs/experiments/quickstart/shuffled_positions-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain.random true --teachers.letters.random true --training.seed 1 --training.output_dir outputs/experiments/quickstart/random_teacher-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain.random true --teachers.letters.random true --training.seed 2 --training.output_dir outputs/experiments/quickstart/random_teacher-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers.chain.random true --teachers.letters.random true --training.seed 3 --training.output_dir outputs/experiments/quickstart/random_teacher-3-again
