@@ -1,8 +1,9 @@
 """Write data/{train,dev,test}.jsonl: disjoint by prompt, from a seed.
 
-python recipes/quickstart/make_data.py [--rows 4000] [--output recipes/quickstart/data]
+python recipes/quickstart/make_data.py [--rows 4000] [--output recipes/quickstart/data] [--short]
 
 --rows: to train on, half of them of each task; more of them hold the same ones too. Test and dev stay as they are.
+--short: with the column `short`, a shorter reasoning with the same answer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2 * ROWS["train"])
     parser.add_argument("--output", type=Path, default=HERE / "data")
+    parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
     splits: dict[str, list[dict[str, str]]] = {name: [] for name in ROWS}
     for task in TASKS:
@@ -38,6 +40,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         random.Random(SEED).shuffle(rows)
+        rows = [{key: text for key, text in row.items() if key != "short" or options.short} for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (options.output / f"{name}.jsonl").write_text(text)
         print(f"{name}: {len(rows)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
