@@ -31,6 +31,8 @@ from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
 from .models import stop_also_at, whole_weights
 from .monitor import StepMonitor
+from .optimizer import add_missing, set_apart
+from .panel import TeacherPanel
 from .profiling import part
 from .publish import HubTrainer
 from .report import save_layer_match
@@ -43,7 +45,7 @@ from .resolve import (
 )
 from .routing import RoutingLog
 from .store.teacher import StoredTeacher, open_teacher
-from .teachers import Teacher, TeacherPanel
+from .teachers import Teacher
 from .text import turn_end
 
 GRACE = 3.0  # seconds until the end of a loader worker is known
@@ -292,19 +294,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         """
         given = self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # these own them
         optimizer = super().create_optimizer(model)
-        ours = {id(p): p for n, p in self.model.named_parameters() if f"{NAME}." in n}
-        rate = self.args.projector.learning_rate
-        if given:  # it was made before the bridge was
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [p for i, p in ours.items() if p.requires_grad and i not in known]
-            if missing and self.lr_scheduler is not None:
-                raise ValueError(
-                    "optimizers holds a scheduler that was made before the losses' own trainable maps; give "
-                    "optimizers=(optimizer, None), and training.lr_scheduler_type decides."
-                )
-            if missing:
-                optimizer.add_param_group({"params": missing, "lr": rate})
-        set_apart(optimizer, set(ours), rate)
+        ours = [p for n, p in self.model.named_parameters() if f"{NAME}." in n]
+        if given:
+            add_missing(optimizer, ours, self.lr_scheduler is not None)
+        set_apart(optimizer, ours, self.args.projector.learning_rate)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -340,15 +333,3 @@ class MultiTeacherKVTrainer(HubTrainer):
         if self.is_world_process_zero():
             for name, similarity in matched.items():
                 save_layer_match(Path(str(self.args.output_dir)), name, similarity, self.bridge.layer_maps[name])
-
-
-def set_apart(optimizer: torch.optim.Optimizer, parameters: set[int], learning_rate: float) -> None:
-    """Give the parameters with these ids a learning rate of their own; the other options of their group stay."""
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in parameters]
-        if moved and len(moved) == len(group["params"]):  # as under PEFT, whose adapters have no biases
-            group["lr"] = learning_rate
-        elif moved:
-            group["params"] = [p for p in group["params"] if id(p) not in parameters]
-            options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-            optimizer.add_param_group({**options, "params": moved, "lr": learning_rate})
