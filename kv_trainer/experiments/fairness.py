@@ -89,9 +89,14 @@ def violations(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.allowed is None]
 
 
-def agreement(experiment: Experiment, arms: Iterable[str], findings: Iterable[Finding]) -> list[tuple[str, str]]:
-    """What was checked, and how it came out: a line each."""
+def agreement(
+    experiment: Experiment, arms: Iterable[str], findings: Iterable[Finding], runs: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """What was checked, and how it came out: a line each. runs: the records, of which older ones lack some things."""
     arms, found = list(arms), list(findings)
+    known = sum("teachers" in record for record in runs)
+    teachers_told = "the same in all runs" if known == len(runs) else f"the same in the {known} runs that recorded them"
+    teachers_told = teachers_told if known else "not recorded by the version that made the runs"
     timed = [name for name in arms if experiment.arms[name].seconds_of]
     lines = []
     for key, words in (BUDGET | SAME).items():
@@ -100,7 +105,7 @@ def agreement(experiment: Experiment, arms: Iterable[str], findings: Iterable[Fi
         lines.append((words, f"differ in {', '.join(wrong)}" if wrong else f"the same in all arms{apart}"))
     leaks = [f.arm for f in found if "trained on" in f.words]
     said = [f.arm for f in found if "the weights of" in f.words]
-    lines.append(("weights of each teacher", f"differ in {', '.join(said)}" if said else "the same in all runs"))
+    lines.append(("weights of each teacher", f"differ in {', '.join(said)}" if said else teachers_told))
     if timed:
         late = [f.arm for f in found if "of the seconds of" in f.words]
         lines.append(("seconds of an arm given another's", "more than 10% apart" if late else "within 10%"))

@@ -111,7 +111,7 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
 
 
 def fairness_rows(study: Study) -> list[list[str]]:
-    lines = agreement(study.experiment, study.arms, study.findings)
+    lines = agreement(study.experiment, study.arms, study.findings, study.chosen())
     return [["checked, seed by seed", "found"], *map(list, lines)]
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kv_trainer.experiments.compare import print_study
 from kv_trainer.experiments.experiment import Unequal, load_experiment
-from kv_trainer.experiments.fairness import check_budget, violations
+from kv_trainer.experiments.fairness import agreement, check_budget, violations
 from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.reach import reached, trailing
 from kv_trainer.experiments.report import write_report
@@ -130,6 +130,7 @@ def test_what_is_not_fair_is_loud(study: Study, no_pictures: None) -> None:
     text = Path("out/report/report.md").read_text()
     told = "supervised tokens differ from those of ce (399 and 400), seed 2"
     assert f"**NOT FAIR: taught: {told}.**" in text and "differ in taught" in text
+    assert "| weights of each teacher | not recorded by the version that made the runs |" in text
     assert "**NOT FAIR: control: 3 evaluation rows have a prompt that is trained on.**" in text
     shown = io.StringIO()
     print_study(Console(file=shown, width=160), study, Path("out/report"))
@@ -165,6 +166,8 @@ def test_files_that_changed_between_runs_are_seen(study: Study) -> None:
     for seed in study.seeds:
         for arm in names:
             records[arm, seed]["train_rows"] = "t"
+    told = dict(agreement(study.experiment, names, [], [records[arm, 1] for arm in study.arms]))
+    assert told["weights of each teacher"] == "the same in the 3 runs that recorded them"
     records["control", 3]["teachers"] = {"math": ["big", "w2"]}
     assert [(f.arm, f.words) for f in violations(check_budget(study.experiment, names, study.seeds, records))] == [
         ("control", "the weights of math are not those of taught-1, seed 3")
