@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .arguments import StudentConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 # Fields of every PeftConfig that follow from the student, or that peft fills in itself.
 SET_HERE = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -119,7 +121,18 @@ def load_trained(model: str, base: str | None = None, trust_remote_code: bool = 
         name = base
     options["revision"] = said.get("revision")
     with quiet():
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, **options), model)
+        student: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+        with suppress(OSError):  # adapters that were trained elsewhere have none
+            student.generation_config = GenerationConfig.from_pretrained(model)
+        return PeftModel.from_pretrained(student, model)
+
+
+def save_generation_config(adapted: Any, folder: Path) -> None:
+    """That of the base, as it was trained, beside its adapters."""
+    try:
+        adapted.get_base_model().generation_config.save_pretrained(folder)
+    except (AttributeError, ValueError) as error:  # none, or one with settings that contradict each other
+        logger.warning("Where answers end is not saved with the adapters: %s", error)
 
 
 @contextmanager

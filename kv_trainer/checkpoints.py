@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .adapters import save_generation_config
 from .bridge import NAME, KVBridge
 from .files import folder_beside
 from .manifest import MANIFEST_FILE, check_match, last_whole, seal, what_is_missing
@@ -65,6 +67,8 @@ class CheckpointTrainer(Trainer):
             super()._save(str(folder), state_dict=student)
             # A pickle of what recipe.yaml says, with a token and the name of this machine in it.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if isinstance(self.model, PeftModel):  # PEFT leaves out where answers end
+                save_generation_config(self.model, folder)
             if self.bridge.layer_maps:
                 save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / BRIDGE_FILE)
             written = {path.name for path in folder.glob("model*.safetensors*")}

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .files import write_text
 from .metrics import ExactAnswer, Perplexity, extract_answer, is_hit, reference_answer
+from .models import end_tokens
 from .sampling import decoding
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def generate_texts(
     progress: bool = False,
     numbers: Sequence[int] | None = None,
 ) -> list[str]:
-    """Each prompt's continuation, greedy or sampled, up to an end token (see _ends) or `config.max_new_tokens`.
+    """Each prompt's continuation, greedy or sampled, up to one of `end_tokens` or `config.max_new_tokens`.
 
     numbers: of the prompts' rows, by which they are sampled; default their places in the list.
     """
@@ -187,20 +188,13 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         do_sample=False,
         use_cache=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_ends(tokenizer, former),
+        eos_token_id=end_tokens(tokenizer, former) or None,
         pad_token_id=_pad_id(tokenizer),
     )
     try:
         yield
     finally:
         owner.generation_config = former
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int] | None:
-    """Every token at which an answer ends: the tokenizer's, and the checkpoint's own, such as the end of a turn."""
-    own = getattr(config, "eos_token_id", None)
-    own = own if isinstance(own, (list, tuple)) else [own]
-    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *own]) if i is not None] or None
 
 
 @contextmanager

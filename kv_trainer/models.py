@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -146,15 +147,25 @@ def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return lists[0]
 
 
-def stop_also_at(model: nn.Module, token: int | None) -> None:
-    """Let the answers that a model generates end at this token too; its checkpoint keeps that."""
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
+    """At which tokens an answer ends: the tokenizer's, and those of a checkpoint that are special in this tokenizer.
+
+    Others are of another vocabulary: a config that does not name its end has that of its family, LlamaConfig token 2.
+    """
+    own = getattr(config, "eos_token_id", None)
+    own = list(own) if isinstance(own, (list, tuple)) else [own]
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    ends = [tokenizer.eos_token_id, *(i for i in own if i in special)]
+    return [i for i in dict.fromkeys(ends) if i is not None]
+
+
+def stop_where_taught(model: nn.Module, tokenizer: PreTrainedTokenizerBase, turn_end: int | None) -> None:
+    """Let what a model generates end where its tokenizer's texts, and a chat's turns, do; its checkpoint keeps that."""
     config = getattr(model, "generation_config", None)
-    if config is None or token is None:
-        return
-    known = config.eos_token_id
-    known = [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
-    if token not in known:
-        config.eos_token_id = [*known, token]
+    ends = end_tokens(tokenizer, config)
+    ends += [turn_end] if turn_end is not None and turn_end not in ends else []
+    if config is not None and ends:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import transformers
 from rich.console import Console
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from . import report
 from .adapters import load_trained
@@ -20,8 +20,8 @@ from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
-from .manifest import last_whole
-from .models import load_tokenizer, same_tokenizer, stop_also_at
+from .manifest import STATE_FILE, last_whole
+from .models import load_tokenizer, same_tokenizer, stop_where_taught
 from .recipes import dump_recipe
 from .store.teacher import StoredTeacher
 from .text import turn_end
@@ -61,6 +61,12 @@ def check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds {found.name} of an earlier run. Go on from it with --resume; or, to begin anew, give "
             "another training.output_dir, or remove its checkpoint-* folders."
+        )
+    weights = [path.name for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if (path / STATE_FILE).exists()]
+    if weights:  # as with training.save_only_model: nothing can go on from them, but they are somebody's work
+        raise ValueError(
+            f"{folder} holds {', '.join(weights)} of an earlier run, which cannot be resumed; give another "
+            "training.output_dir, or remove them."
         )
 
 
@@ -148,7 +154,7 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
-    stop_also_at(student, turn_end(reader))
+    stop_where_taught(getattr(student, "get_base_model", lambda: student)(), tokenizer, turn_end(reader))
     encoded = encode_rows(rows, reader, {}, data, keep=EVALUATED)
     results, found = evaluate_rows(student, tokenizer, encoded, recipe.args.evaluation)
     if predictions is not None:

@@ -29,7 +29,7 @@ from .evaluation import check_prompts, evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
-from .models import stop_also_at, whole_weights
+from .models import stop_where_taught, whole_weights
 from .monitor import StepMonitor
 from .optimizer import add_missing, set_apart
 from .panel import TeacherPanel
@@ -95,7 +95,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         with whole_weights(args):
             student, processing_class, chat = resolve_student(model, processing_class)
             self.reader = reader = Reader(processing_class, chat)
-            stop_also_at(student, turn_end(reader))  # as it is taught to, also where its users load it
+            stop_where_taught(student, processing_class, turn_end(reader))  # also where its users load it
             teachers = dict(teachers or {})
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             weights = {name: getattr(t, "weight", 1.0) for name, t in teachers.items()}

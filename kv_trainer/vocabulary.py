@@ -60,23 +60,31 @@ def shared_tokens(
 
 
 def meanings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, int]:
-    """The bytes that each token stands for -> its id; an added token, such as a mark of a chat, by its own name.
+    """The bytes that each token stands for -> its id; a special token, such as a mark of a chat, by its own name.
 
     Byte-level vocabularies write a space as U+0120, SentencePiece ones as U+2581 and single bytes as <0x20>: the same
     text has other names in them.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = json.dumps([rules.get("decoder"), rules.get("pre_tokenizer"), rules.get("normalizer")])
-    byte_level = '"ByteLevel"' in parts
+    byte_level, start = '"ByteLevel"' in parts, rules["model"].get("continuing_subword_prefix")
+    inside = start if rules["model"].get("type") == "WordPiece" else None
     added = tokenizer.added_tokens_decoder
     found: dict[bytes | str, int] = {}
     # A token of a whole character before the byte of the same.
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda pair: bool(BYTE.fullmatch(pair[0]))):
-        found.setdefault(token if i in added else bytes_of(token, byte_level), i)
+        special = i in added and added[i].special
+        name = token if special else token.encode() if i in added else bytes_of(token, byte_level, inside)
+        found.setdefault(name, i)
     return found
 
 
-def bytes_of(token: str, byte_level: bool) -> bytes:
+def bytes_of(token: str, byte_level: bool, inside: str | None) -> bytes:
+    """inside: what WordPiece writes before a piece inside a word; a word's first piece stands for the space too."""
+    if inside is not None:
+        if token.startswith(inside):
+            return token[len(inside) :].encode()
+        return (" " * token[0].isalnum() + token).encode()
     if byte_level and all(c in ALPHABET for c in token):
         return bytes(ALPHABET[c] for c in token)
     if match := BYTE.fullmatch(token):

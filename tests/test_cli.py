@@ -220,6 +220,11 @@ def test_a_folder_with_a_run_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out holds checkpoint-1 of an earlier run. Go on from it with --resume; or, to begin anew, give" in err
     assert run(capsys, *train, "--training.max_steps=2", "--resume")[0] == 0 and Path("out/checkpoint-2").is_dir()
 
+    for name in ("out/checkpoint-1", "out/checkpoint-2"):  # as training.save_only_model leaves them
+        (Path(name) / "kv_manifest.json").unlink()
+    code, _, err = run(capsys, *train)
+    assert code == 2 and "checkpoint-1, checkpoint-2 of an earlier run, which cannot be resumed; give another" in err
+
 
 def test_traceback_on_request() -> None:
     with pytest.raises(ValueError, match="does not exist"):

@@ -30,7 +30,7 @@ from kv_trainer.evaluation import (
     write_predictions,
 )
 from kv_trainer.metrics import ExactAnswer, Perplexity, extract_answer, normalize_answer
-from kv_trainer.models import stop_also_at
+from kv_trainer.models import stop_where_taught
 
 PATTERN = r"####\s*(.+)"
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", *"0123456789", "####"]
@@ -321,10 +321,16 @@ def test_an_answer_ends_where_the_checkpoint_ends_one_too(model, tokenizer, rows
     plain = generate_texts(model, tokenizer, prompts, config)
     words = max((text.split() for text in plain), key=len)
     stop = words[len(words) // 2]
-    stop_also_at(model, tokenizer.convert_tokens_to_ids(stop))
-    assert model.generation_config.eos_token_id == [2, tokenizer.convert_tokens_to_ids(stop)]
+    mark = tokenizer.convert_tokens_to_ids(stop)
+    model.generation_config.eos_token_id = [2, mark]
+    assert generate_texts(model, tokenizer, prompts, config) == plain, "an ordinary token, as of another vocabulary"
+    stop_where_taught(model, tokenizer, None)
+    assert model.generation_config.eos_token_id == 2
+    tokenizer.add_tokens([stop], special_tokens=True)
+    stop_where_taught(model, tokenizer, mark)
+    assert model.generation_config.eos_token_id == [2, mark]
     ended = generate_texts(model, tokenizer, prompts, config)
-    cut = [t.split()[: t.split().index(stop) + 1] if stop in t.split() else t.split() for t in plain]
+    cut = [t.split()[: t.split().index(stop)] if stop in t.split() else t.split() for t in plain]
     assert [text.split() for text in ended] == cut and ended != plain
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers_trainer import ROWS, TEACHERS, World, assert_same_run, weights
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kv_trainer.adapters import load_trained, peft_config
 from kv_trainer.arguments import StudentConfig
@@ -132,6 +132,12 @@ def test_command_line_from_training_to_another_program(folder, tmp_path, monkeyp
         merged = loaded["model"].merge_and_unload()(IDS).logits
     assert (found - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, found, rtol=1e-4, atol=1e-5)
+
+    ends = GenerationConfig.from_pretrained(out)
+    ends.eos_token_id = [ends.eos_token_id, 7]  # as a student that was taught the end of a chat's turns
+    ends.save_pretrained(out)
+    base_path = str(folder / "student")
+    assert load_trained(str(out), base_path).generation_config.eos_token_id == ends.eos_token_id
 
     results = json.loads((out / "all_results.json").read_text())
     assert not Path(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]).exists()

@@ -42,3 +42,14 @@ def test_one_vocabulary_with_heads_of_other_widths_names_its_tokens(tiny_tokeniz
     assert shared_tokens(ours, tiny_tokenizer(40)) is None
     mine, theirs = shared_tokens(ours, tiny_tokenizer(40), same_width=False)
     assert mine == theirs == sorted(ours.get_vocab().values()) and len(meanings(ours)) == len(mine)
+
+
+def test_wordpiece_and_added_tokens_are_told_by_their_text(tiny_tokenizer) -> None:
+    pieces = ["[UNK]", "the", "##ing", "the##", ",", "two"]
+    model = models.WordPiece({token: i for i, token in enumerate(pieces)}, unk_token="[UNK]")
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="[UNK]")
+    words.add_tokens(["<think>"])
+    words.add_tokens(["<|end|>"], special_tokens=True)
+    assert meanings(words) == {
+        "[UNK]": 0, b" the": 1, b"ing": 2, b" the##": 3, b",": 4, b" two": 5, b"<think>": 6, "<|end|>": 7,
+    }  # fmt: skip

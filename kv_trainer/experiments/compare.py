@@ -52,7 +52,7 @@ def compare(
                 job.check_time(records)
     else:
         records = run_all(console, experiment, jobs)
-    records = {**records, **others_finished(console, experiment, chosen, numbers)}
+    records = {**records, **others_finished(console, experiment, chosen, numbers, records)}
     known = {arm for arm, _ in records} | set(chosen)
     study = study_of(experiment, [arm for arm in experiment.arms if arm in known], numbers, records)
     folder = Path(experiment.output_dir) / "report"
@@ -62,7 +62,8 @@ def compare(
 
 
 def others_finished(
-    console: Console, experiment: Experiment, chosen: Sequence[str], seeds: Sequence[int]
+    console: Console, experiment: Experiment, chosen: Sequence[str], seeds: Sequence[int],
+    records: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> dict[tuple[str, int], Mapping[str, Any]]:
     """Runs of arms that were not asked for now, where all seeds are there: what is tested together is corrected so."""
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -74,6 +75,10 @@ def others_finished(
             continue
         if all(record is not None for record in each.values()):
             found.update({key: record for key, record in each.items() if record is not None})
+    for job in [Job(experiment, arm, seed) for arm, seed in found]:
+        known = {**found, **records}
+        if all(key in known for key in job.waits_for):
+            job.check_time(known)
     return found
 
 

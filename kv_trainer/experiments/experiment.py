@@ -20,6 +20,7 @@ SAME = {
     "initial": "first weights of the student", "train_rows": "training rows and labels", "eval_rows": "evaluation rows",
     "cross_entropy": "cross-entropy term",
 }  # fmt: skip
+TAKE_ALL = ("accelerate", "torchrun", "deepspeed")  # launchers of one run on all devices
 MAY_DIFFER = tuple(name for name in BUDGET | SAME if name != "eval_rows")
 
 
@@ -122,7 +123,7 @@ class Experiment:
             raise ValueError(f"seeds is {self.seeds}; give one or more, each once.")
         if self.processes < 1:
             raise ValueError(f"processes is {self.processes}; give 1 or more.")
-        if self.processes > 1 and self.launcher:
+        if self.processes > 1 and any(Path(word).name in TAKE_ALL for word in self.launcher):
             raise ValueError("processes and launcher: each launched run would take all devices; set processes: 1.")
         if self.runs_from and self.launcher:
             raise ValueError("runs_from has no use with a launcher: other runs were not launched so. Leave one out.")

@@ -62,11 +62,11 @@ def shared_prompts(train: Dataset, evaluation: Dataset, prompts_learned: bool = 
     prompts_learned: training rows do not tell where their prompt ends; one that begins with a prompt's tokens has it.
     """
     asked = [prompt(row) for row in evaluation.select_columns(["input_ids", "labels"])]
-    lengths = {len(ids) for ids in asked}
+    wanted, lengths = set(asked), {len(ids) for ids in asked}
     seen: set[tuple[int, ...]] = set()
     for row in train.select_columns(["input_ids", "labels"]):
         ids = tuple(row["input_ids"])
-        seen |= {ids[:n] for n in lengths if n <= len(ids)} if prompts_learned else {prompt(row)}
+        seen |= wanted & ({ids[:n] for n in lengths} if prompts_learned else {prompt(row)})
     return sum(ids in seen for ids in asked)
 
 

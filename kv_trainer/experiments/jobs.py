@@ -54,6 +54,12 @@ class Job:
         except RecipeError as error:
             raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
 
+    @property
+    def spread(self) -> bool:
+        """Whether a teacher has a device_map."""
+        teachers = (yaml.safe_load(self.recipe_text()).get("teachers") or {}).values()
+        return any((teacher or {}).get("device_map") for teacher in teachers)
+
     @staticmethod
     def saved(folder: Path) -> str:
         """The recipe with which a finished run was made; settings it does not know yet have their defaults."""

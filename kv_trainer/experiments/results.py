@@ -100,7 +100,8 @@ class Study:
 
     def first(self, arm: str) -> Comparison | None:
         """Of the judged metric with the arm it is first compared with; None of that one itself."""
-        return next((one for one in self.judged if one.arm == arm), None)
+        pair = (arm, self.experiment.compared_with(arm))
+        return next((one for one in self.judged if (one.arm, one.against) == pair), None)
 
     @property
     def left_out(self) -> list[str]:
@@ -179,7 +180,8 @@ def study_of(experiment: Experiment, arms: list[str], seeds: list[int], records:
     """What can be told of the runs that are there. ValueError where `against`, or a seed of all arms, is not."""
     missing = [f"{arm}-{seed}" for arm in arms for seed in seeds if (arm, seed) not in records]
     there = [arm for arm in arms if any((arm, seed) in records for seed in seeds)]
-    begun = [arm for arm in there if experiment.compared_with(arm) in there]
+    needs = {arm: {experiment.compared_with(arm), experiment.arms[arm].seconds_of} - {None} for arm in there}
+    begun = [arm for arm in there if needs[arm] <= {*there}]
     missing += [f"{arm} (nothing to compare it with)" for arm in there if arm not in begun]
     common = [seed for seed in seeds if all((arm, seed) in records for arm in begun)]
     if experiment.against not in begun or not common:

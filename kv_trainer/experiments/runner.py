@@ -153,7 +153,7 @@ class Runner:
                     raise RunFailed("stopped")
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                    env=self._environment(number),
+                    env=self._environment(number, job),
                     start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the others whole
                 )  # fmt: skip
                 self._running[job] = process
@@ -169,16 +169,16 @@ class Runner:
             raise RunFailed(f"{last} (exit status {code}; see {job.folder / LOG})")
         return record
 
-    def _environment(self, number: int) -> dict[str, str]:
+    def _environment(self, number: int, job: Job) -> dict[str, str]:
         """Runs beside each other share cores and GPUs: more threads than cores slow all of them down, and of all GPUs
-        that it sees a run would take the first.
+        that it sees a run would take the first. One whose teachers are spread over devices by name sees them all.
         """
         found = dict(os.environ)
         if self.experiment.processes == 1:
             return found
         threads = max(1, (os.cpu_count() or 1) // self.experiment.processes)
         found.setdefault("OMP_NUM_THREADS", str(threads))
-        if gpus := visible_gpus():
+        if not job.spread and (gpus := visible_gpus()):
             found["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         return found
 

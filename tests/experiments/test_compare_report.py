@@ -219,6 +219,9 @@ def test_what_is_not_finished_is_left_out_and_named(study: Study) -> None:
     part = study_of(study.experiment, study.arms, [1, 2, 3], records)
     assert part.arms == ["ce", "timed", "taught"] and part.seeds == [1, 2]
     assert part.missing == ["taught-3", "control-1", "control-2", "control-3"]
+    records = {key: record for key, record in study.records.items() if key[0] != "taught"}
+    part = study_of(study.experiment, study.arms, [1, 2, 3], records)
+    assert part.arms == ["ce", "control"], "timed was given the seconds of taught, which nobody knows"
     with pytest.raises(ValueError, match="ce among them"):
         study_of(study.experiment, study.arms, [1, 2, 3], {k: v for k, v in records.items() if k[0] != "ce"})
 

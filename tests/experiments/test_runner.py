@@ -191,12 +191,16 @@ def test_processes_beside_each_other_have_gpus_of_their_own(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     one = runner("{ce: {}, a: {}, b: {}, c: {}}", processes=len(expected))
-    given = [one._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(len(expected))]
+    first = jobs(one)[0]
+    given = [one._environment(number, first).get("CUDA_VISIBLE_DEVICES") for number in range(len(expected))]
     assert set(given) == expected
     one.run(jobs(one))
     assert {line.split(" ")[3] for line in Path("log").read_text().splitlines()} <= expected
     with pytest.raises(ValueError, match="each launched run would take all devices"):
-        Experiment(processes=2, launcher=["accelerate", "launch"])
+        Experiment(processes=2, launcher=["/usr/bin/accelerate", "launch"])
+    Experiment(processes=2, launcher=["nice", "python"])
+    monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: "{teachers: {big: {device_map: 'cuda:1'}}}")
+    assert one._environment(1, first).get("CUDA_VISIBLE_DEVICES") == visible, "it names devices itself"
 
 
 def test_a_part_that_is_run_again_is_reported_with_all_that_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +209,10 @@ def test_a_part_that_is_run_again_is_reported_with_all_that_is_finished(monkeypa
     one.run([Job(one.experiment, arm, seed) for arm in ("ce", "a", "b") for seed in (1, 2)])
     one.run([Job(one.experiment, "c", 1)])
     shown = io.StringIO()
-    found = others_finished(Console(file=shown), one.experiment, ["ce", "a"], [1, 2])
+    found = others_finished(Console(file=shown), one.experiment, ["ce", "a"], [1, 2], {})
     assert sorted(found) == [("b", 1), ("b", 2)] and not shown.getvalue()
     (Path(one.experiment.output_dir) / "b-1" / "recipe.yaml").write_text("{training: {max_steps: 11}}")
-    assert others_finished(Console(file=shown, width=999), one.experiment, ["ce", "a"], [1, 2]) == {}
+    assert others_finished(Console(file=shown, width=999), one.experiment, ["ce", "a"], [1, 2], {}) == {}
     assert "not in the report: b: " in shown.getvalue() and "of other settings" in shown.getvalue()
 
 
