@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,12 @@ def test_the_data_is_what_the_seed_gives(splits: dict[str, Rows], task: str) -> 
     stream = unique_rows(task, SEED)
     for name, count in ROWS.items():
         shipped = {row["prompt"]: row for row in splits[name] if row["task"] == task}
-        assert shipped == {row["prompt"]: row for row in islice(stream, count)}
+        made = list(islice(stream, count))
+        short = [row.pop("short") for row in made]  # written on request
+        assert shipped == {row["prompt"]: row for row in made}
+        for row, text in zip(made, short, strict=True):
+            assert text.split()[-2:] == ["####", row["answer"]] and len(text) < len(row["completion"])
+            assert set(text.replace("#", "").split()) <= set(re.split("[ =]", row["completion"]))
 
 
 def test_every_step_of_a_chain_is_right() -> None:
