@@ -130,7 +130,7 @@ def load_trained(model: str, base: str | None = None, trust_remote_code: bool = 
 def save_generation_config(adapted: Any, folder: Path) -> None:
     """That of the base, as it was trained, beside its adapters."""
     try:
-        adapted.get_base_model().generation_config.save_pretrained(folder)
+        adapted.generation_config.save_pretrained(folder)
     except (AttributeError, ValueError) as error:  # none, or one with settings that contradict each other
         logger.warning("Where answers end is not saved with the adapters: %s", error)
 

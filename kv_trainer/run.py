@@ -154,7 +154,7 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
-    stop_where_taught(getattr(student, "get_base_model", lambda: student)(), tokenizer, turn_end(reader))
+    stop_where_taught(student, tokenizer, turn_end(reader))
     encoded = encode_rows(rows, reader, {}, data, keep=EVALUATED)
     results, found = evaluate_rows(student, tokenizer, encoded, recipe.args.evaluation)
     if predictions is not None:

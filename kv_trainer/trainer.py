@@ -127,13 +127,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         readers = {name: teacher.reader for name, teacher in self.teachers.items()}
         stored = {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
-        if train_dataset is not None and "input_ids" not in train_dataset.column_names:
-            as_student = {name for name, teacher in stored.items() if not teacher.raw}
-            own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
-            data = replace(args.data, teacher_text=own_texts)
-            train_dataset = encode_rows(train_dataset, reader, readers, data, time=args.alignment.time)
-        for teacher in stored.values() if train_dataset is not None else ():
-            teacher.check_rows(train_dataset)
+        if train_dataset is not None:
+            train_dataset = encoded(train_dataset, args, reader, readers, stored)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
             eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
             check_prompts(eval_dataset, args.evaluation)
@@ -333,3 +328,21 @@ class MultiTeacherKVTrainer(HubTrainer):
         if self.is_world_process_zero():
             for name, similarity in matched.items():
                 save_layer_match(Path(str(self.args.output_dir)), name, similarity, self.bridge.layer_maps[name])
+
+
+def encoded(
+    rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, readers: Mapping[str, Reader],
+    stored: Mapping[str, StoredTeacher],
+) -> Dataset:  # fmt: skip
+    """Rows of text as ids, for the student and every teacher; rows that are encoded already stay as they are.
+
+    ValueError where a stored teacher does not have them.
+    """
+    if "input_ids" not in rows.column_names:
+        as_student = {name for name, teacher in stored.items() if not teacher.raw}
+        own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
+        data = replace(args.data, teacher_text=own_texts)
+        rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
+    for teacher in stored.values():
+        teacher.check_rows(rows)
+    return rows

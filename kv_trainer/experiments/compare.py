@@ -75,10 +75,14 @@ def others_finished(
             continue
         if all(record is not None for record in each.values()):
             found.update({key: record for key, record in each.items() if record is not None})
+    known = {**found, **records}
     for job in [Job(experiment, arm, seed) for arm, seed in found]:
-        known = {**found, **records}
-        if all(key in known for key in job.waits_for):
-            job.check_time(known)
+        try:
+            if all(key in known for key in job.waits_for):
+                job.check_time(known)
+        except ValueError as error:  # what was just run is reported all the same
+            console.print(f"not in the report: {job.arm}: {error}", style="yellow", markup=False, highlight=False)
+            found = {key: record for key, record in found.items() if key[0] != job.arm}
     return found
 
 

@@ -216,6 +216,17 @@ def test_a_part_that_is_run_again_is_reported_with_all_that_is_finished(monkeypa
     assert "not in the report: b: " in shown.getvalue() and "of other settings" in shown.getvalue()
 
 
+def test_a_timed_arm_that_is_no_longer_as_long_is_left_out_of_the_report() -> None:
+    one = runner(TIMED)
+    one.run(jobs(one))
+    path = Path(one.experiment.output_dir) / "full-1" / "arm.json"
+    path.write_text(path.read_text().replace("3.0", "6.0"))
+    records = {(arm, seed): Job(one.experiment, arm, seed).record() for arm in ("ce", "full") for seed in (1, 2)}
+    shown = io.StringIO()
+    found = others_finished(Console(file=shown, width=999), one.experiment, ["ce", "full"], [1, 2], records)
+    assert found == {} and "not in the report: timed: " in shown.getvalue() and "it would be 60 now" in shown.getvalue()
+
+
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with alone(folder), pytest.raises(ValueError, match="Another experiment runs in"), alone(folder):
