@@ -219,6 +219,9 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
             if other := getattr(arm, key):
                 named.append((f"arms.{name}.{key}", other, arms.at(name, key)))
         named += [(f"arms.{name}.also_against", other, arms.at(name, "also_against")) for other in arm.also_against]
+        for key, others in (("against", [arm.against]), ("also_against", arm.also_against)):
+            if name in others:
+                raise RecipeError(f"arms.{name}.{key} {arms.at(name, key)} names the arm itself; name another.")
     for key, name, where in named:
         if name not in names:
             raise RecipeError(f"{key} {where} is '{name}', which is no arm.{suggest(name, names)} {', '.join(names)}.")

