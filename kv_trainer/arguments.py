@@ -17,6 +17,7 @@ from .losses import CrossEntropy, DistillationLoss
 NAMES = ("activation_checkpointing", "gradient_checkpointing")
 CHECKPOINTING = tuple(name for name in NAMES if name in {f.name for f in fields(TrainingArguments)})
 
+
 @dataclass
 class ModelConfig:
     """A model to load: a hub name, a folder, or `./folder` beside the recipe."""
@@ -225,8 +226,11 @@ class EvaluationConfig:
 class ControlConfig:
     """Controls that break the teacher on purpose, so that a gain can be told from an accident."""
 
-    shuffle: Literal["rows", "positions"] | None = field(
-        default=None, metadata={"help": "Every row gets another row's teacher states, or position another position's."}
+    shuffle: Literal["rows", "rows_of_task", "positions"] | None = field(
+        default=None,
+        metadata={
+            "help": "Every row gets the teacher states of another row (of its task), or position of another one."
+        },
     )
 
 

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .alignment.rope import rerotate
-from .alignment.shuffle import other_positions
+from .alignment.shuffle import other_positions, other_rows
 from .arguments import MultiTeacherKVConfig
 from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
@@ -93,7 +93,8 @@ class KVBridge(nn.Module):
         method = args.alignment.layers.method
         method = "relative_depth" if method == "cka" else method  # until calibration.py has matched them
         self.layer_maps: dict[str, LayerMap] = {
-            name: layer_map("nearest", student.num_layers, shape.layer_numbers) if shape.aligned
+            name: layer_map("nearest", student.num_layers, shape.layer_numbers)
+            if shape.aligned
             else layer_map(method, student.num_layers, shape.layer_numbers, explicit.get(name))
             for name, shape in teachers.items()
         }
@@ -207,17 +208,32 @@ class KVBridge(nn.Module):
 
     @torch.no_grad()
     def align(
-        self, name: str, signal: TeacherSignal, mask: Tensor, answers: Tensor | None = None
+        self, name: str, signal: TeacherSignal, mask: Tensor, answers: Tensor | None = None, tasks: Tensor | None = None
     ) -> AlignedTeacher:
-        """One teacher at the student's layers and positions. mask: [B, T] of the student; answers: see `align`."""
+        """One teacher at the student's layers and positions. mask: [B, T] of the student; answers: see `align`.
+
+        tasks: [B]; only `control.shuffle: rows_of_task` asks.
+        """
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
-        how = self.control.shuffle
-        positions = other_positions(mask, self.seed, self.step) if how == "positions" else None
+        moved = self.control.shuffle == "positions"
+        positions = other_positions(mask, self.seed, self.step) if moved else None
+        order = self.order(mask, tasks)
         with part("alignment"):
             found = align(
-                signal, self.layer_maps[name], mask, wanted, how == "rows", positions=positions, answers=answers
+                signal, self.layer_maps[name], mask, wanted, order=order, positions=positions, answers=answers
             )
             return replace(found, kv=self.turn(found.kv, mask))
+
+    def order(self, like: Tensor, tasks: Tensor | None) -> Tensor | None:
+        """Whose teachers every sample [B] of `like` gets under the control of rows; None: its own."""
+        how = self.control.shuffle
+        if how not in ("rows", "rows_of_task"):
+            return None
+        if how == "rows_of_task" and tasks is None:
+            raise ValueError(
+                "control.shuffle is rows_of_task, but the rows have no task; give data.task, or take rows."
+            )
+        return other_rows(len(like), tasks if how == "rows_of_task" else None).to(like.device)
 
     def forward(self, given: Supervision, logits: Tensor | None, student: KVStates | None) -> dict[str, Tensor]:
         """Every raw term of one micro-batch."""
@@ -245,7 +261,7 @@ class KVBridge(nn.Module):
             aligned = {
                 n: s
                 if isinstance(s, AlignedTeacher)
-                else self.align(n, s, given.attention_mask, given.answer_positions)
+                else self.align(n, s, given.attention_mask, given.answer_positions, given.tasks)
                 for n, s in given.signals.items()
             }
             inputs.teachers = {n: a.kv for n, a in aligned.items()}
@@ -264,11 +280,11 @@ class KVBridge(nn.Module):
 
     def _shares(self, given: Supervision, inputs: LossInputs) -> Tensor:
         signals: list[Any] = list(given.signals.values())
-        shuffled = self.control.shuffle == "rows"
+        order = self.order(given.labels, given.tasks)
 
         def of_rows(x: Any) -> Any:
             """Scores belong to the teacher's rows, as its states do."""
-            return x.roll(1, -1) if shuffled and x is not None else x
+            return x if order is None or x is None else x[..., order]
 
         found = FusionInputs(
             given=self.given.to(given.labels.device),

@@ -69,7 +69,7 @@ class Calibration:
             states = []
             for batch in self.batches(self.first(ROWS)):
                 signal = teacher.signal(batch["teachers"][name], scores=False, weighing=False)
-                states.append(self.bridge.align(name, signal, batch["attention_mask"]).kv)
+                states.append(self.bridge.align(name, signal, batch["attention_mask"], tasks=batch.get("task")).kv)
             self.bridge.projectors[name].calibrate(states)
 
     def score(self, chosen: Sequence[int]) -> Tensor:

@@ -32,7 +32,9 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
     if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:
         logger.warning(
             "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
-            "depends on how it is cut into micro-batches.", relation.samples, size,
+            "depends on how it is cut into micro-batches.",
+            relation.samples,
+            size,
         )
     if isinstance(relation, KVRelationLoss) and relation.samples > 1 and len(weights) > 1 and args.fusion.needs:
         logger.warning(
@@ -45,8 +47,9 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
             "training.average_tokens_across_devices: false would count the tokens of one process, and weigh the "
             "cross-entropy by the number of processes; leave it out."
         )
-    if args.control.shuffle == "rows" and args.per_device_train_batch_size < 2:
-        raise ValueError("control.shuffle: rows needs training.per_device_train_batch_size of 2 or more.")
+    how = args.control.shuffle
+    if how in ("rows", "rows_of_task") and args.per_device_train_batch_size < 2:
+        raise ValueError(f"control.shuffle: {how} needs training.per_device_train_batch_size of 2 or more.")
     options = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(

@@ -100,6 +100,7 @@ METHODS: tuple[Method, ...] = (
     setting("fusion", "{method: router, kind: mlp, per_layer: true}", "A gate with a hidden layer, one a layer",
             "student, router"),
     setting("control.shuffle", "rows", "Control: every row gets the teacher states of another row"),
+    setting("control.shuffle", "rows_of_task", "Control: every row gets the teacher states of another row of its task"),
     setting("control.shuffle", "positions", "Control: every position gets the teacher state of another one of its row"),
     setting("freeze", "{attention: true, until_step: 1}", "The student's attention rests at first"),
     setting("freeze", "{layer_groups: 2, unfreeze_every: 1}", "Layers unfreeze group by group"),

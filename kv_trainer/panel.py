@@ -77,7 +77,7 @@ class TeacherPanel:
         reduce = self.teachers[name].needs.reduce
         if reduce is None:
             return signal
-        return reduce(name, signal, batch["attention_mask"], batch.get("answer_position"))
+        return reduce(name, signal, batch["attention_mask"], batch.get("answer_position"), batch.get("task"))
 
     def shares(self, batch: Mapping[str, Any], nll: Tensor | None, entropy: Tensor | None) -> Tensor:
         """[M, B] of a fusion that is `remembered`."""
@@ -87,5 +87,3 @@ class TeacherPanel:
             tasks=batch.get("task"), task_nll=self.task_nll,
         )  # fmt: skip
         return teacher_shares(self.fusion, inputs)
-
-

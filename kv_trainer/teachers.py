@@ -35,8 +35,8 @@ class TeacherNeeds:
     scores: likelihood and entropy of each sample, which needs the head. final: the last hidden states.
     queries: with the keys, for attention. importance: of each position. hidden: outputs of the layers.
     mass: attention by layer and head, for the selection of R-KV.
-    reduce: name, signal, the student's mask [B, T] and answer positions [B] (or None) -> what is kept of the signal
-    before the next teacher runs.
+    reduce: name, signal, the student's mask [B, T], answer positions and tasks [B] (or None) -> what is kept of the
+    signal before the next teacher runs.
     """
 
     scores: bool = False
@@ -45,7 +45,7 @@ class TeacherNeeds:
     importance: bool = False
     hidden: bool = False
     mass: bool = False
-    reduce: Callable[[str, TeacherSignal, Tensor, Tensor | None], AlignedTeacher] | None = None
+    reduce: Callable[[str, TeacherSignal, Tensor, Tensor | None, Tensor | None], AlignedTeacher] | None = None
 
 
 class Teacher:

@@ -86,7 +86,6 @@ CORPUS = (
 )
 
 
-
 _built: dict[str, PreTrainedModel] = {}
 
 

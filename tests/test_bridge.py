@@ -240,7 +240,6 @@ def test_keys_after_rope_are_the_students_own(student) -> None:
         assert (mine - before).abs().max() > 0.1
 
 
-
 def test_align_takes_the_layers_and_the_positions(student) -> None:
     bridge, given = bridge_to(student), supervision()
     for name, signal in given.signals.items():
@@ -275,6 +274,19 @@ def test_shuffled_rows_get_the_states_and_shares_of_the_row_before(student, tiny
             assert torch.equal(found.keys[1][row], mapped.keys[1][row - 1])
             assert torch.equal(found.values[0][row], mapped.values[0][row - 1])
             assert torch.equal(found.mask[row], masked[row - 1] & given.attention_mask[row].bool())
+
+
+def test_rows_of_a_task_are_shuffled_among_themselves(student, tiny_model) -> None:
+    """Samples 0 and 2 share a task and swap their teachers; 1 is alone of its own and joins them in turn."""
+    given = supervision()
+    shuffled = bridge_to(student, control=ControlConfig("rows_of_task"))
+    name, signal = next(iter(given.signals.items()))
+    mapped = take(shuffled.layer_maps[name].apply(signal.kv), signal.index)
+    for tasks, order in (([0, 1, 0], [1, 2, 0]), ([0, 0, 0], [2, 0, 1]), ([0, 1, 2], [2, 0, 1])):
+        found = shuffled.align(name, signal, given.attention_mask, tasks=torch.tensor(tasks)).kv
+        assert torch.equal(found.keys[1], mapped.keys[1][order]), tasks
+    with pytest.raises(ValueError, match="rows_of_task, but the rows have no task"):
+        shuffled.align(name, signal, given.attention_mask)
 
 
 def test_the_student_s_states_are_those_of_a_plain_capture(student) -> None:

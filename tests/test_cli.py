@@ -137,9 +137,7 @@ def test_a_chat_template_is_enough_for_chat(capsys: pytest.CaptureFixture[str]) 
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "validate", "r.yaml", "--teachers.math.weight", "2")
     assert code == 0
-    assert err == (
-        "kv-trainer: warning: r.yaml: teachers.math.weight has no effect: it needs fusion.method: fixed.\n"
-    )
+    assert err == ("kv-trainer: warning: r.yaml: teachers.math.weight has no effect: it needs fusion.method: fixed.\n")
 
 
 @pytest.mark.parametrize("trusted", ["true", "false"])

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers_trainer import PaddedOtherwise, World, curve, weights
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from kv_trainer.alignment.shuffle import moved, other_positions
+from kv_trainer.alignment.shuffle import moved, other_positions, other_rows
 from kv_trainer.arguments import ControlConfig, TeacherConfig
 from kv_trainer.losses import CrossEntropy, KVRelationLoss
 from kv_trainer.models import load_random
@@ -28,6 +30,22 @@ def world(tiny_model: Any, tiny_tokenizer: Any) -> World:
 
 def relation() -> dict[str, Any]:
     return {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss()}
+
+
+# ---- rows
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=9))
+def test_every_sample_gets_another_one_and_of_its_task_where_there_is_one(tasks: list[int]) -> None:
+    found = other_rows(len(tasks), torch.tensor(tasks)).tolist()
+    assert sorted(found) == list(range(len(tasks))) and all(i != other for i, other in enumerate(found))
+    alone = {task for task in tasks if tasks.count(task) == 1}
+    apart = [i for i, other in enumerate(found) if tasks[i] != tasks[other]]
+    assert sum(tasks[i] not in alone for i in apart) <= 1, "one at most makes room for a sample left over"
+
+
+def test_without_tasks_it_is_the_sample_before() -> None:
+    assert other_rows(4).tolist() == other_rows(4, torch.zeros(4)).tolist() == [3, 0, 1, 2]
 
 
 # ---- positions

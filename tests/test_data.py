@@ -125,7 +125,8 @@ CALLED = "The assistant's content in the column messages is None, no text; .* wi
         ({"question": "q"}, DataConfig(prompt="{question}"), "data.response is not given"),
         ({"messages": [{"role": "user", "content": "q"}]}, DataConfig(), "messages is by 'user'"),
         (
-            {"prompt": "q", "completion": [{"role": "user", "content": "q"}]}, DataConfig(),
+            {"prompt": "q", "completion": [{"role": "user", "content": "q"}]},
+            DataConfig(),
             "The last of a row's completion is by 'user'; it must be the assistant's answer",
         ),
         ({"messages": []}, DataConfig(), "The column messages is an empty list; give .* or filter such rows out"),

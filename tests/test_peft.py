@@ -303,6 +303,4 @@ def test_a_folder_of_adapters_is_no_student_but_a_teacher(tiny_model, tiny_token
         load_student(StudentConfig(model=str(tmp_path)))
     loaded = load_trained(str(tmp_path))
     assert isinstance(loaded, PeftModel)
-    torch.testing.assert_close(
-        loaded(IDS).logits, AutoModelForCausalLM.from_pretrained(folder / "student")(IDS).logits
-    )
+    torch.testing.assert_close(loaded(IDS).logits, AutoModelForCausalLM.from_pretrained(folder / "student")(IDS).logits)

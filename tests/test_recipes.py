@@ -144,7 +144,10 @@ def test_unknown_keys(text: str, message: str) -> None:
             "'evaluation.batch_size' in recipes/x.yaml, line 3 is there twice;",
         ),
         ("on: 1", "The key True in recipes/x.yaml, line 3 is not text (bool); put it in quotes."),
-        ("control: {shuffle: row}", "is 'row' (str); give one of 'rows', 'positions' or null. Did you mean 'rows'?"),
+        (
+            "control: {shuffle: row}",
+            "is 'row' (str); give one of 'rows', 'rows_of_task', 'positions' or null. Did you mean 'rows'?",
+        ),
         ("projector: {mlp_ratio: aut}", "is 'aut' (str); give a float or 'auto'. Did you mean 'auto'?"),
         (
             "alignment: {layers: {method: nearst}}",
@@ -520,8 +523,11 @@ def test_settings_without_effect_are_told(overrides: list[str], message: str) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("per_device_eval_batch_size", "2"), ("eval_accumulation_steps", "4"), ("bf16_full_eval", "true"),
-        ("fp16_full_eval", "true"), ("prediction_loss_only", "true"),
+        ("per_device_eval_batch_size", "2"),
+        ("eval_accumulation_steps", "4"),
+        ("bf16_full_eval", "true"),
+        ("fp16_full_eval", "true"),
+        ("prediction_loss_only", "true"),
     ],
 )
 def test_trainers_own_settings_of_evaluation_are_told(name: str, value: str) -> None:

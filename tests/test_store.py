@@ -118,7 +118,7 @@ KV = ["--losses.kv_relation", "null", "--losses.kv.weight", "0.5", "--projector.
         ["--training.gradient_accumulation_steps", "2", "--training.dataloader_num_workers", "1"],
         KV,
         [*KV, "--projector.direction", "teacher_to_student"],
-        ["--control.shuffle", "rows"],
+        ["--control.shuffle", "rows_of_task", "--data.task", "'{prompt}'"],
         ["--control.shuffle", "positions"],
         ["--fusion", "{method: task_wise}", "--data.task", "'{prompt}'"],
         ["--teachers.deep", "null"],
@@ -218,7 +218,7 @@ def copied(home: Path, tmp_path: Path) -> list[str]:
         (["--losses.codi.weight", "1"], "has no hidden states, which this recipe needs"),
         (["--losses.logit_kd.weight", "1"], "has no logits, which this recipe needs"),
         (["--losses.kv_relation.attention", "teacher"], "has no importance, which this recipe needs"),
-        (["--teachers.fine.dtype", "float16"], "teachers.fine.loaded.dtype was .*, is \"float16\""),
+        (["--teachers.fine.dtype", "float16"], 'teachers.fine.loaded.dtype was .*, is "float16"'),
         (["--store.bits", "8"], "store.bits is 8, but .*store was made with 16"),
         (["--store.form", "raw"], "store.form is raw, but .*store was made with aligned"),
         (["--teachers.deep", "null"], "weights.deep was 1.0, is not there"),
@@ -275,6 +275,9 @@ def test_an_interrupted_precompute_goes_on(home: Path, tmp_path: Path) -> None:
     assert gone.read_bytes() == data and all(p.stat().st_mtime_ns == t for p, t in kept.items())
     whole = json.loads((home / "store/store.json").read_text())
     assert record["shards"] == whole["shards"] and record["relative_error"] == whole["relative_error"]
+    assert all(record["seconds_a_row"][clock] > 0 for clock in ("wall", "processor"))
+    again = precompute(load_recipe(home / "recipe.yaml", settings))
+    assert again["seconds_a_row"] == record["seconds_a_row"], "nothing was stored anew, so nothing was timed"
 
 
 def test_what_a_recipe_asks_of_a_training_is_not_asked_of_precompute(

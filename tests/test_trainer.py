@@ -552,9 +552,7 @@ def test_reentrant_checkpointing_is_refused(start) -> None:
         start("relation", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
-@pytest.mark.parametrize(
-    ("weight", "given", "expected"), [(1.0, None, None), (0.0, None, True), (0.0, False, False)]
-)
+@pytest.mark.parametrize(("weight", "given", "expected"), [(1.0, None, None), (0.0, None, True), (0.0, False, False)])
 def test_ddp_expects_a_head_that_rests(world, tmp_path: Path, weight: float, given, expected) -> None:
     """Trainer switches the search for unused parameters off under checkpointing; tests/distributed runs it."""
     losses = {"cross_entropy": CrossEntropy(weight=weight), "kv_relation": KVRelationLoss()}

@@ -31,13 +31,13 @@ class AlignedTeacher:
 
 
 def align(
-    signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, shuffle: bool = False,
+    signal: TeacherSignal, layers: LayerMap, mask: Tensor, kv: bool = True, order: Tensor | None = None,
     positions: Tensor | None = None, answers: Tensor | None = None,
 ) -> AlignedTeacher:  # fmt: skip
     """mask: [B, T] of the student. kv: whether keys and values themselves are wanted, or only their mask.
 
-    shuffle: every sample gets what belongs to the one before it in the batch; for the control. positions:
-    [B, T], for the other control: every student position gets what belongs to this one of its sample.
+    order: [B], for the control of rows: every sample gets what belongs to this one, a permutation. positions:
+    [B, T], for that of positions: every student position gets what belongs to this one of its sample.
     answers: [B], the one position of each sample where hidden states are wanted; None: nowhere.
     """
     rows, samples = signal.rows, len(mask)
@@ -46,7 +46,7 @@ def align(
     def batch(x: Tensor) -> Tensor:
         """Some samples [b, ...] as a whole batch [B, ...], zero in the others."""
         x = x if rows is None else x.new_zeros(samples, *x.shape[1:]).index_copy_(0, rows, x)
-        return x.roll(1, 0) if shuffle else x
+        return x if order is None else x.index_select(0, order)
 
     def whole(x: Tensor) -> Tensor:
         x = batch(x)
@@ -59,7 +59,7 @@ def align(
         """Of the one position alone: all others would be resampled in every layer, and looked at by nobody."""
         ours = answers.clamp_min(0)[:, None]
         ours = ours if positions is None else positions.gather(1, ours)
-        theirs = signal.index.gather(1, ours.roll(-1, 0) if shuffle else ours)
+        theirs = signal.index.gather(1, ours if order is None else ours[order.argsort()])
         theirs = theirs if rows is None else theirs[rows]
         assert signal.kv.hidden is not None
         taken = [batch(time_resample(x, theirs))[:, 0] for x in signal.kv.hidden]
@@ -141,5 +141,3 @@ def rotated_pairs(
     chosen = states.layers if layers is None else nearer(layers)
     found = {layer: pair(layer) for layer in set(chosen)}
     return tuple(found[layer] for layer in chosen)
-
-

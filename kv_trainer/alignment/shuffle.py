@@ -1,9 +1,30 @@
-"""The control in which every student position is taught by another position of its own row."""
+"""The controls: every sample is taught by another one's teachers, or every position by another one of its sample."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def other_rows(samples: int, tasks: Tensor | None = None) -> Tensor:
+    """For every sample of a batch another one, a permutation without fixed points: long [B].
+
+    The one before it; with tasks [B], the one before it of its task. Samples that are alone of their task take turns
+    among themselves, and one that is left over joins the samples of another task.
+    """
+    order = torch.arange(samples).roll(1)
+    if tasks is None:
+        return order
+    groups = [(tasks == task).nonzero()[:, 0].cpu() for task in tasks.unique()]
+    turns = [group for group in groups if len(group) > 1]
+    if alone := [group for group in groups if len(group) == 1]:
+        if len(alone) > 1 or not turns:
+            turns.append(torch.cat(alone))
+        else:
+            turns[0] = torch.cat([turns[0], *alone])
+    for turn in turns:
+        order[turn] = turn.roll(1)
+    return order
 
 
 def other_positions(mask: Tensor, seed: int, step: int) -> Tensor:

@@ -28,6 +28,7 @@ from ..losses import CrossEntropy
 from ..manifest import differences, last_whole
 from ..recipes import dump_recipe, load_recipe
 from ..run import leave_together, train
+from ..store.teacher import StoredTeacher
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
 from .jobs import RECORD
@@ -123,12 +124,19 @@ class Recorder(TrainerCallback):
             "samples": int(sum(map(float, self.samples))), **self.begin,
             "order": self.order(), "cross_entropy": asdict(loss), "processes": args.world_size,
             "teachers": known_weights(self.trainer), "code": CODE,
+            "pass_seconds": pass_seconds(self.trainer),
             "selected": bool(args.load_best_model_at_end or args.early_stopping.patience is not None),
             "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
             f"{platform.python_version()}, {os.cpu_count()} cores",
             "metrics": {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")},
             "clocks": self.clocks,
         }  # fmt: skip
+
+
+def pass_seconds(trainer: MultiTeacherKVTrainer) -> dict[str, float]:
+    """What filling the store took that teachers are read from, by clock; empty where none is, or nobody timed it."""
+    stored = [teacher for teacher in trainer.teachers.values() if isinstance(teacher, StoredTeacher)]
+    return stored[0].pass_seconds if stored else {}
 
 
 def known_weights(trainer: MultiTeacherKVTrainer) -> dict[str, list[str]]:

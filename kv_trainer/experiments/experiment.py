@@ -40,8 +40,8 @@ class VerdictRule:
 
     def __str__(self) -> str:
         return (
-            f"keep: better by more than {self.keep:g} points, and p < {self.p:g} (paired t-test over seeds, "
-            "Holm-corrected over all comparisons). "
+            f"keep: better by more than {self.keep:g} points, p < {self.p:g} (paired t-test over seeds, Holm-corrected "
+            "over all comparisons of the metric), and 0 outside of the 95% interval (over seeds and test items). "
             f"optional: better by {self.optional:g} points or more, but not keep. drop: less than that, or unstable: "
             "the standard deviation of the differences over seeds exceeds their mean. Fewer than 3 seeds: none."
         )

@@ -17,7 +17,7 @@ from .jobs import Job
 from .reach import reached
 from .results import Study
 from .statistics import FEWEST, RESAMPLES, is_share, mean, std
-from .words import figure_of, finding_of, p_words, percent, spread_of, steps_of_timed, unit
+from .words import figure_of, finding_of, p_words, passes_left_out, percent, spread_of, steps_of_timed, unit
 
 QUICK = (
     "A quick run: every run was cut short (kv-trainer train --quick, with what the experiment's `quick` changes). It "
@@ -99,7 +99,7 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
         Heading("Findings"), Items([finding_of(study, one) for one in study.judged] or ["Nothing to compare."]),
         Heading("Arms"), Text(f"Mean ± standard deviation over seeds. {CLOCKS[experiment.clock]}"),
         Grid(arm_rows(study)),
-        *map(Text, steps_of_timed(study)),
+        *map(Text, [*steps_of_timed(study), *passes_left_out(study)]),
         Heading("Comparisons"), Grid(comparison_rows(study)), Text(METHOD),
         Heading("Fairness"), Grid(fairness_rows(study)), *unequal(study),
         Heading("Figures"), *pictures,

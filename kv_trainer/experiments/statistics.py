@@ -129,9 +129,11 @@ def points(ours: Sequence[float], theirs: Sequence[float], metric: str) -> float
 
 
 def verdict(
-    ours: Sequence[float], theirs: Sequence[float], metric: str, p: float | None, rule: VerdictRule
-) -> str:
-    """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said."""
+    ours: Sequence[float], theirs: Sequence[float], metric: str, p: float | None, rule: VerdictRule,
+    interval: tuple[float, float] | None = None,
+) -> str:  # fmt: skip
+    """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said. interval: of the
+    difference."""
     if len(ours) < FEWEST:
         return f"none: fewer than {FEWEST} seeds"
     better = points(ours, theirs, metric)
@@ -144,7 +146,8 @@ def verdict(
     differences = np.subtract(ours, theirs).tolist()
     if std(differences) > abs(mean(differences)):
         return "drop (unstable)"
-    return "keep" if better > rule.keep + 1e-9 and p < rule.p else "optional"
+    apart = interval is None or not interval[0] <= 0 <= interval[1]  # p is over seeds alone, an interval over items too
+    return "keep" if better > rule.keep + 1e-9 and p < rule.p and apart else "optional"
 
 
 def compare(
@@ -159,9 +162,11 @@ def compare(
     for pair in raw:
         (arm, other), p = pair, corrected.get(pair)
         ours, theirs = values[arm], values[other]
-        low, high = intervals(arm, other) or (None, None)
+        interval = intervals(arm, other)
+        low, high = interval or (None, None)
         found.append(Comparison(
-            arm, other, metric, mean(ours) - mean(theirs), low, high, p, verdict(ours, theirs, metric, p, rule),
+            arm, other, metric, mean(ours) - mean(theirs), low, high, p,
+            verdict(ours, theirs, metric, p, rule, interval),
             points(ours, theirs, metric), raw[pair], cohens_d(ours, theirs), std(np.subtract(ours, theirs).tolist()),
         ))  # fmt: skip
     return found

@@ -44,14 +44,16 @@ def finding_of(study: Study, one: Comparison) -> str:
 
 
 def share_of_gain(study: Study, one: Comparison) -> str:
-    """How much of the best arm's gain a control has too."""
-    best = next(iter(study.ranked()), None)
+    """How much of the best arm's gain a control has too: of those compared with the same arm, and given as much."""
     sign = -1 if lower_is_better(one.metric) else 1
-    firsts = {arm: study.first(arm) for arm in study.arms}
-    gains = {arm: sign * other.difference for arm, other in firsts.items() if other is not None}
-    if best is None or gains.get(best, 0.0) <= 0 or not math.isfinite(gains[best]):
+    arms = study.experiment.arms
+    fair = [arm for arm in study.ranked() if not (arms[arm].seconds_of or arms[arm].unequal)]
+    others = [study.first(arm) for arm in fair]
+    best = next((other for other in others if other is not None and other.against == one.against), None)
+    if best is None or not (sign * best.difference > 0 and math.isfinite(best.difference)):
         return "no other arm has a gain that it could be measured against"
-    return f"{max(0.0, gains[one.arm]) / gains[best]:.0%} of the gain of {best}, the best arm"
+    share = max(0.0, sign * one.difference) / (sign * best.difference)
+    return f"{share:.0%} of the gain of {best.arm}, the best arm"
 
 
 def steps_of_timed(study: Study) -> list[str]:
@@ -66,5 +68,18 @@ def steps_of_timed(study: Study) -> list[str]:
             lines.append(
                 f"{name} was given the seconds of {other} with the same seed, at the pace of "
                 f"{study.experiment.arms[name].like}: {steps} steps. It took {took} of them."
+            )
+    return lines
+
+
+def passes_left_out(study: Study) -> list[str]:
+    """Of every arm whose teachers were read from a store: what making it took, which no arm's seconds hold."""
+    lines = []
+    for name in study.arms:
+        took = study.records[name, study.seeds[0]].get("pass_seconds", {}).get(study.experiment.clock)
+        if took:
+            lines.append(
+                f"The seconds of {name} leave out the pass of its teachers over the rows that filled the store: "
+                f"{took:,.0f} s, once for all runs that read it."
             )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_text(folder / BEGUN, json.dumps(begun, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
+    began, made = clocks(), 0
     shards = range(0, len(trainer.train_dataset), store.rows_per_shard)
     mine = [s for i, s in enumerate(shards) if i % trainer.args.world_size == trainer.args.process_index]
     for start in track(mine, "precomputing", console=console):
@@ -61,13 +63,25 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
         if missing:
             end = min(start + store.rows_per_shard, len(trainer.train_dataset))
             write_rows(trainer, folder, missing, range(start, end))
+            made += end - start
+    pace = {name: (then - began[name]) / made for name, then in clocks().items()} if made else pace_of(folder)
     trainer.accelerator.wait_for_everyone()
-    record = finish(trainer, folder, begun)
+    record = finish(trainer, folder, {**begun, "seconds_a_row": pace})
     console.print(
         f"{folder}: {record['bytes'] / 1e6:,.1f} MB, {record['share_of_raw']:.1%} of the teachers' own keys and values "
         f"in float16; error {record['relative_error']:.2%} of their size"
     )
     return record
+
+
+def clocks() -> dict[str, float]:
+    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
+
+
+def pace_of(folder: Path) -> dict[str, float] | None:
+    """Seconds a row, of every clock, as they were when the folder's rows were stored; None: nobody knows."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")).get("seconds_a_row") if path.exists() else None
 
 
 def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:

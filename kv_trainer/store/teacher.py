@@ -41,6 +41,8 @@ class StoredTeacher:
         self.store = StoreReader(folder, [s for s in record["shards"] if s.startswith(f"{name}/")])
         self.channels = told["channels"]
         self.needs = TeacherNeeds()
+        pace = record.get("seconds_a_row") or {}  # of all teachers of the store together
+        self.pass_seconds = {clock: seconds * record["rows"] for clock, seconds in pace.items()}
 
     def describe(self) -> dict[str, Any]:
         """As in the manifest of a run with the live teacher, so that either may go on with the other's checkpoint."""
@@ -83,9 +85,7 @@ class StoredTeacher:
         stored: dict[str, Tensor] = batch["stored"]
         some = stored if rows is None else {name: x[rows] for name, x in stored.items()}
         found = {part: self._states(some, part) for part in PARTS}
-        states = KVStates(
-            found["keys"], found["values"], some["mask"], self.shape.layer_numbers, self.shape.num_layers
-        )
+        states = KVStates(found["keys"], found["values"], some["mask"], self.shape.layer_numbers, self.shape.num_layers)
         asked = scores and self.needs.scores
         return TeacherSignal(
             states, batch["index"], some["nll"] if asked else None, rows, some["entropy"] if asked else None,

@@ -143,18 +143,19 @@ def test_some_rows_are_those_of_the_whole_batch_and_the_rest_is_nothing(position
     assert torch.equal(found.nll, torch.arange(SAMPLES) + 1.0), "scores are of all samples"
 
 
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0]])
 @pytest.mark.parametrize("rows", [None, [0, 2]])
-def test_shuffled_rows_are_those_of_the_sample_before(rows: list[int] | None) -> None:
+def test_shuffled_rows_are_those_of_another_sample(rows: list[int] | None, order: list[int]) -> None:
     """A position counts where it does in both samples; scores are left to the bridge."""
     given = signal(spans(), rows)
-    expected = {name: x.roll(1, 0) for name, x in tensors(align(given, LAYERS, MASK, answers=ANSWERS)).items()}
+    expected = {name: x[order] for name, x in tensors(align(given, LAYERS, MASK, answers=ANSWERS)).items()}
     expected["mask"] &= MASK.bool()
     states = signal(spans()).kv.hidden
     theirs = [placed(x, spans()) for x in (states[0], *mixed(states[1:]))]
     for x in theirs if rows else ():
         x[1] = 0
-    expected |= {f"hidden {i}": at_answers(x.roll(1, 0)) for i, x in enumerate(theirs)}
-    found = align(given, LAYERS, MASK, shuffle=True, answers=ANSWERS)
+    expected |= {f"hidden {i}": at_answers(x[order]) for i, x in enumerate(theirs)}
+    found = align(given, LAYERS, MASK, order=torch.tensor(order), answers=ANSWERS)
     assert_same(found, expected)
     assert torch.equal(found.nll, given.nll) and torch.equal(found.entropy, given.entropy)
 

@@ -204,6 +204,17 @@ def test_an_arm_may_have_another_to_be_compared_with(study: Study) -> None:
     assert {f.arm for f in study.findings} == {"timed"}, "equal to its own"
 
 
+def test_a_control_is_measured_against_an_arm_with_its_own_baseline(study: Study) -> None:
+    """Not against what a larger student, or more steps, gain over something else."""
+    experiment = study.experiment
+    experiment.arms["taught"].against = "timed"
+    apart = study_of(experiment, study.arms, study.seeds, study.records)
+    assert "Control: no other arm has a gain" in finding_of(apart, apart.first("control"))
+    experiment.arms["taught"].against, experiment.arms["taught"].unequal = None, Unequal(["initial"], "its size")
+    larger = study_of(experiment, study.arms, study.seeds, study.records)
+    assert "Control: no other arm has a gain" in finding_of(larger, larger.first("control"))
+
+
 def test_two_seeds_are_no_verdict(study: Study, no_pictures: None) -> None:
     few = study_of(study.experiment, study.arms, [1, 2], study.records)
     write_report(few, Path("out/report"))
@@ -248,5 +259,3 @@ def test_when_a_loss_is_reached(study: Study) -> None:
     assert found.each["taught"]["seconds"] == [72.0, 72.0, 72.0]
     assert found.means("steps")["control"] == 40
     assert trailing([4.0, 2.0, 6.0]) == [4.0, 2.0, 6.0] and trailing([3.0] * 49 + [8.0])[-1] == 4.0
-
-

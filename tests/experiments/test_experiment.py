@@ -85,8 +85,16 @@ def test_equal_seconds_are_steps_at_the_arm_s_own_pace() -> None:
         ("./r.yaml", "./no.yaml", "recipe in e.yaml, line 1 is './no.yaml', which does not exist"),
         ("[1, 2, 3, 4]", "[1, 1]", "seeds is [1, 1]; give one or more, each once"),
         ("seeds:", "against: nobody\nseeds:", "against in e.yaml, line 2 is 'nobody', which is no arm"),
-        ("control: true", "control: true, also_against: [broken]", "arms.broken.also_against in e.yaml, line 9 names the"),
-        ("control: true", "control: true, against: broken", "arms.broken.against in e.yaml, line 9 names the arm itself"),
+        (
+            "control: true",
+            "control: true, also_against: [broken]",
+            "arms.broken.also_against in e.yaml, line 9 names the",
+        ),
+        (
+            "control: true",
+            "control: true, against: broken",
+            "arms.broken.against in e.yaml, line 9 names the arm itself",
+        ),
         ("seeds:", "verdict: {keep: 1, optional: 2}\nseeds:", "give 0 <= optional <= keep"),
     ],
 )

@@ -68,6 +68,13 @@ def test_the_verdict_follows_the_rule(ours: list[float], metric: str, p: float, 
     assert verdict(ours, [0.5] * len(ours), metric, p, RULE) == expected
 
 
+def test_what_other_test_rows_might_undo_is_not_kept() -> None:
+    ours, theirs = [0.53, 0.53, 0.54], [0.5, 0.5, 0.5]
+    for interval, expected in ((None, "keep"), ((0.001, 0.06), "keep"), ((-0.009, 0.078), "optional")):
+        assert verdict(ours, theirs, "accuracy", 0.01, RULE, interval) == expected
+    assert verdict([0.4] * 3, [0.5] * 3, "perplexity", 0.01, RULE, (-0.2, -0.1)) == "keep"
+
+
 def test_points_of_what_should_fall_are_percent_of_what_was() -> None:
     assert points([3.0, 3.0], [4.0, 4.0], "perplexity") == pytest.approx(25.0)
     assert points([0.30, 0.34], [0.30, 0.30], "accuracy_chain") == pytest.approx(2.0)
@@ -110,9 +117,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 def test_all_arms_are_corrected_together() -> None:
     values = {"ce": [0.10, 0.11, 0.12], "good": [0.50, 0.52, 0.51], "same": [0.10, 0.11, 0.12]}
-    intervals = {"good": (0.0, 1.0), "same": None}
+    intervals = {"good": (0.1, 1.0), "same": None}
     pairs = [("good", "ce"), ("same", "ce")]
     good, same = compare(values, pairs, "accuracy", RULE, lambda arm, other: intervals[arm])
     assert (good.arm, good.against, good.verdict, same.verdict) == ("good", "ce", "keep", "drop")
     assert good.p == pytest.approx(2 * good.p_raw) and same.p == 1.0
-    assert good.difference == pytest.approx(0.4) and (good.low, same.low) == (0.0, None)
+    assert good.difference == pytest.approx(0.4) and (good.low, same.low) == (0.1, None)

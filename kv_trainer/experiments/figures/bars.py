@@ -35,9 +35,7 @@ def draw_bars(study: Study, target: Path) -> None:
     save(figure, target)
 
 
-def draw_panel(
-    study: Study, axes: Axes, values: Mapping[str, Sequence[float]], metric: str, highest: float
-) -> None:
+def draw_panel(study: Study, axes: Axes, values: Mapping[str, Sequence[float]], metric: str, highest: float) -> None:
     """highest: of all panels, so that they have one scale."""
     look = styles(study)
     for row, (arm, each) in enumerate(values.items()):
