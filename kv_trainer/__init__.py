@@ -14,6 +14,7 @@ __all__ = [
     "KVStates",
     "MultiTeacherKVConfig",
     "MultiTeacherKVTrainer",
+    "Reader",
     "StudentConfig",
     "TeacherConfig",
     "TeacherSignal",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .importance import position_weights
     from .losses import DistillationLoss
     from .recipes import load_recipe
+    from .text import Reader
     from .trainer import MultiTeacherKVTrainer
     from .types import KVStates, TeacherSignal
 else:  # a type checker that saw __getattr__ would take every misspelt name for an export
@@ -45,6 +47,7 @@ else:  # a type checker that saw __getattr__ would take every misspelt name for 
         "KVStates": "types",
         "MultiTeacherKVConfig": "arguments",
         "MultiTeacherKVTrainer": "trainer",
+        "Reader": "text",
         "StudentConfig": "arguments",
         "TeacherConfig": "arguments",
         "TeacherSignal": "types",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +34,13 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 @dataclass
 class Calibration:
-    """collate: rows of the encoded data set -> a batch on the right device."""
+    """collate: rows of the encoded data set -> a batch on the right device. autocast: in which the student runs."""
 
     bridge: KVBridge
     teachers: Mapping[str, Teacher]
     rows: Dataset
     collate: Collate
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def run(self, student: nn.Module, match: bool, projectors: bool) -> dict[str, Tensor]:
         """All that this run needs. Returns, by teacher, the similarity [Ls, Lt] of layers that were matched."""
@@ -122,7 +124,7 @@ class Calibration:
         student.to(here)  # ZeRO and FSDP leave it in host memory until they wrap it
         ours: list[KVStates] = []
         for batch in batches:
-            with capture_kv(student) as capture:
+            with self.autocast(), capture_kv(student) as capture:
                 student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 ours.append(capture.stop(batch["attention_mask"]))
         student.to(home)

@@ -19,7 +19,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> int:
     from .run import train as run_train
 
     watch = (lambda trainer: trainer.add_callback(ProfileSteps)) if options.profile else None
-    run_train(recipe, resume=options.resume, watch=watch)
+    run_train(recipe, resume="auto" if options.auto_resume else options.resume, watch=watch)
     leave_together()
     return 0
 

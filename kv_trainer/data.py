@@ -28,7 +28,14 @@ LOW = (
     "data.max_length); for texts that differ set alignment.time.method to segment_aware."
 )
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-SOURCES = ("data.py", "examples.py", "text.py", "alignment/tokens.py", "alignment/time.py")  # they encode a row
+SOURCES = (
+    "data.py",
+    "examples.py",
+    "text.py",
+    "chat.py",
+    "alignment/tokens.py",
+    "alignment/time.py",
+)  # they encode a row
 
 
 def digest_of(folder: Path) -> str:
@@ -77,6 +84,9 @@ def encode_rows(
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
     time = time or TimeAlignment()
     check_teacher_text(config, teachers, time)
+    warn_of_roles(
+        rows, {"student": student, **{f"teachers.{name}": reader for name, reader in teachers.items()}}, config
+    )
     columns = set(rows.column_names)
 
     def text_of(row: Mapping[str, Any], name: str) -> str | None:
@@ -125,6 +135,18 @@ def encode_rows(
         if share < 0.5:
             logger.warning(LOW, 100 * share, name)
     return supervised if "task" in keep else number_tasks(supervised)
+
+
+def warn_of_roles(rows: Dataset, readers: Mapping[str, Reader], config: DataConfig) -> None:
+    """Conversations that a model with a chat template reads as plain text: their roles are lost."""
+    first = rows[0] if len(rows) and config.response is None else {}
+    if not any(isinstance(first.get(column), list) for column in ("messages", "prompt", "completion")):
+        return
+    if plain := [name for name, reader in readers.items() if reader.tokenizer.chat_template and not reader.chat]:
+        logger.warning(
+            "Rows are conversations, but %s, which has a chat template, reads them as one plain text without roles; "
+            "set %s to read them as a chat.", " and ".join(plain), ", ".join(f"{name}.chat: true" for name in plain),
+        )  # fmt: skip
 
 
 def check_teacher_text(config: DataConfig, teachers: Mapping[str, Reader], time: TimeAlignment) -> None:

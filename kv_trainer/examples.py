@@ -9,6 +9,8 @@ from typing import Any
 from .alignment.tokens import ANSWER, NONE, PROMPT, REASONING, Span
 from .arguments import DataConfig
 
+REASONINGS = ("reasoning_content", "reasoning", "thinking")  # what data sets call a message's reasoning, apart from it
+
 
 @dataclass(frozen=True)
 class Example:
@@ -82,7 +84,8 @@ def answered(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, str]],
     *turns, last = messages_of(row[column], column)
     if last["role"] != "assistant":
         raise ValueError(f"The last of a row's {column} is by '{last['role']}'; it must be the assistant's answer.")
-    return turns, last["content"]
+    thought = [last[name] for name in REASONINGS if last.get(name) and "</think>" not in last["content"]]
+    return turns, f"<think>\n{thought[0].strip()}\n</think>\n\n{last['content']}" if thought else last["content"]
 
 
 def messages_of(value: Any, column: str) -> list[dict[str, str]]:
@@ -95,7 +98,10 @@ def messages_of(value: Any, column: str) -> list[dict[str, str]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"The column {column} has {shown(message)}, which has no role; give {form}.")
         text_in(message.get("content"), f"The {message['role']}'s content in the column {column}")
-    return [dict(message) for message in value]
+        if message.get("tool_calls"):
+            text_in(message["tool_calls"], f"The {message['role']}'s tool_calls in the column {column}")
+    *before, last = value  # templates drop the reasoning of earlier answers, and some write it where it was not learned
+    return [*({k: v for k, v in turn.items() if k not in REASONINGS} for turn in before), dict(last)]
 
 
 def text_in(value: Any, what: str) -> str:

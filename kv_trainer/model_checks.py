@@ -25,14 +25,29 @@ def check_models(recipe: Recipe) -> list[str]:
         if not shape or not os.path.exists(shape):
             continue
         config = AutoConfig.from_pretrained(shape, trust_remote_code=False).get_text_config()
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        if tokenizer is not None and (count := tokens_of_text(tokenizer)) > config.vocab_size:
             raise ValueError(
-                f"{place}: the tokenizer has {len(tokenizer)} tokens, {shape} only {config.vocab_size}; give its own."
+                f"{place}: the tokenizer has {count} tokens, {shape} only {config.vocab_size}; give its own."
             )
         kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
         if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
             raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
     return skipped
+
+
+def tokens_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model must know: all but special ones at the end that no text or chat of ours has.
+
+    The tokenizer of the text-only Gemma 3 has one for images, which its embedding has not.
+    """
+    added, count = tokenizer.added_tokens_decoder, len(tokenizer)
+    used = {getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "unk")}
+    chat = str(tokenizer.chat_template or "")
+    while count and (token := added.get(count - 1)) and token.special and count - 1 not in used:
+        if token.content in chat:
+            break
+        count -= 1
+    return count
 
 
 def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:

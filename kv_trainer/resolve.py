@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from .adapters import check_method
 from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
 from .capture import count_parameters
 from .data import Reader
+from .model_checks import tokens_of_text
 from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .teachers import Teacher
 
@@ -23,22 +25,24 @@ CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are r
 
 
 def resolve_student(
-    model: Loadable, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The student's model and tokenizer, and whether it reads rows through its chat template."""
+    model: Loadable, tokenizer: PreTrainedTokenizerBase | Reader | None
+) -> tuple[PreTrainedModel, Reader]:
+    """The student's model, and how it reads rows."""
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if isinstance(config, StudentConfig):
-        return load_student(config), tokenizer or load_tokenizer(config), config.chat
+        read = tokenizer or load_tokenizer(config)
+        return load_student(config), read if isinstance(read, Reader) else Reader(read, config.chat)
     if isinstance(config, ModelConfig):
         raise ValueError(f"The student is a {type(config).__name__}; give a name, a StudentConfig or a model.")
     if tokenizer is None:
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    reader = tokenizer if isinstance(tokenizer, Reader) else Reader(tokenizer)
+    if reader.tokenizer.pad_token_id is None:
+        reader.tokenizer.pad_token = reader.tokenizer.eos_token
     adapters: Any = getattr(config, "active_peft_config", None)
     if adapters is not None:
         check_method(adapters)
-    return config, tokenizer, False
+    return config, reader
 
 
 def resolve_teacher(
@@ -55,20 +59,26 @@ def resolve_teacher(
         given = TeacherConfig(model=given)
     if isinstance(given, TeacherConfig):
         reader = Reader(load_tokenizer(given), given.chat)
+        if isinstance(given.device_map, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"teachers.{name}.device_map is '{given.device_map}', and each of several processes would load a copy "
+                "there; take placement: sharded, which deals one copy out over the processes, or one process."
+            )
         placement = "dispatched" if given.device_map else given.placement
         own = zlib.crc32(f"{seed} {name}".encode())  # two of one architecture are two teachers
         model = load_random(given, own) if given.random else load_pretrained(given, device)
         return Teacher(model, reader, given.weight, placement, seed if given.random else None)
-    model, tokenizer = given if isinstance(given, tuple) else (given, students)
+    model, read = given if isinstance(given, tuple) else (given, students)
+    reader = read if isinstance(read, Reader) else Reader(read)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
     known = model.config.get_text_config().vocab_size
-    if known < len(tokenizer):
+    if known < tokens_of_text(reader.tokenizer):
         raise ValueError(
-            f"Teacher '{name}' knows {known} tokens, the tokenizer {len(tokenizer)}: it is not its own. Give the pair "
-            "(model, tokenizer)."
+            f"Teacher '{name}' knows {known} tokens, the tokenizer {len(reader.tokenizer)}: it is not its own. Give "
+            "the pair (model, tokenizer)."
         )
-    return Teacher(model, Reader(tokenizer))
+    return Teacher(model, reader)
 
 
 def checkpoint_large_student(args: MultiTeacherKVConfig, student: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import transformers
 from rich.console import Console
@@ -71,15 +72,18 @@ def check_folder(folder: Path) -> None:
 
 
 def train(
-    recipe: Recipe, resume: bool = False, watch: Callable[[MultiTeacherKVTrainer], None] | None = None
+    recipe: Recipe, resume: bool | Literal["auto"] = False, watch: Callable[[MultiTeacherKVTrainer], None] | None = None
 ) -> dict[str, float]:
     """Train, evaluate, and write everything a reader of output_dir looks for. Returns all results.
 
-    watch: is given the trainer before it trains. ValueError, before anything is written, if there is no checkpoint to
-    resume from, or one from which it is not asked to.
+    resume: from the newest whole checkpoint; `auto`: from there, or from the start where there is none. watch: is given
+    the trainer before it trains. ValueError, before anything is written, if there is no checkpoint to resume from, or
+    one from which it is not asked to.
     """
     transformers.logging.set_verbosity_warning()
     args, folder = recipe.args, Path(str(recipe.args.output_dir))
+    if resume == "auto":
+        resume = last_whole(folder)[0] is not None
     wanted = args.resume_from_checkpoint or resume
     if not wanted:
         check_folder(folder)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from .alignment.tokens import ANSWER, BOS, EOS, Span, overlaps
+from .chat import Place, render_chat
 from .examples import Example
 
 IGNORED = -100
@@ -46,44 +46,17 @@ class Encoded:
     answer_position: int = -1
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a part of the row lies in the text one model reads, in characters.
-
-    Segment n is turn n, the last one is the completion. lead: characters that a template stripped from its front.
-    """
-
-    segment: int
-    start: int
-    end: int
-    lead: int = 0
-
-
 def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
     """The text a model reads, and the places of the row's own parts in it; the rest is the template's."""
+    if reader.chat:
+        return render_chat([*example.turns, {"role": "assistant", "content": example.completion}], reader.tokenizer)
     parts = [*(turn["content"] for turn in example.turns), example.completion]
-    if not reader.chat:
-        between = ["", *["\n"] * (len(example.turns) - 1), *([""] if example.turns else []), ""]
-        return assemble(between, parts, [0] * len(parts))
-    turns = [*example.turns, {"role": "assistant", "content": example.completion}]
-    text = reader.tokenizer.apply_chat_template(turns, tokenize=False)
-    # The template run on marks instead of parts shows what it puts between them.
-    marks = [f"\ue000{chr(0xE100 + i)}" for i in range(len(turns))]
-    marked: Any = reader.tokenizer.apply_chat_template(
-        [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)], tokenize=False
-    )
-    between = re.split("|".join(marks), marked)
-    stripped = [part.strip() for part in parts]
-    lead = [len(part) - len(part.lstrip()) for part in parts]
-    for cores, leads in ((parts, [0] * len(parts)), (stripped, lead)):
-        if len(between) == len(parts) + 1:
-            candidate, places = assemble(between, cores, leads)
-            if candidate == text:
-                return text, places
-    raise ValueError(
-        f"The chat template of {reader.tokenizer.name_or_path} changes the text of a row ({text[:80]!r}...), so its "
-        "tokens cannot be matched with another model's; set chat: false."
-    )
+    text, places = "", []
+    for segment, part in enumerate(parts):
+        text += "\n" * (0 < segment < len(parts) - 1)
+        places.append(Place(segment, len(text), len(text) + len(part)))
+        text += part
+    return text, places
 
 
 def turn_end(reader: Reader) -> int | None:
@@ -96,14 +69,6 @@ def turn_end(reader: Reader) -> int | None:
     behind = [i for i, (start, _) in zip(out["input_ids"], out["offset_mapping"]) if start >= places[-1].end]
     added = tokenizer.added_tokens_decoder
     return next((token for token in behind if token in added and added[token].special), None)
-
-
-def assemble(between: Sequence[str], parts: Sequence[str], leads: Sequence[int]) -> tuple[str, list[Place]]:
-    text, places = between[0], []
-    for segment, (part, after, lead) in enumerate(zip(parts, between[1:], leads, strict=True)):
-        places.append(Place(segment, len(text), len(text) + len(part), lead))
-        text += part + after
-    return text, places
 
 
 def encode(

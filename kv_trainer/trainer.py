@@ -59,7 +59,7 @@ class MultiTeacherKVTrainer(HubTrainer):
     args: losses, alignment, fusion and all TrainingArguments in one object.
     train_dataset, eval_dataset: rows of text (prompt + completion, messages, text, or any through templates), as
     datasets.Dataset; they are encoded here for the student and every teacher.
-    processing_class: the student's tokenizer; default the one of `model`.
+    processing_class: the student's tokenizer, or a Reader, which says whether rows are a chat; default that of `model`.
     peft_config: a peft.PeftConfig to train adapters instead of all weights.
 
     Every loss divides by the tokens or samples of the whole accumulated, all-ranks batch, so a step does not depend
@@ -79,7 +79,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         args: MultiTeacherKVConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | Reader | None = None,
         data_collator: Callable[..., Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -93,8 +93,8 @@ class MultiTeacherKVTrainer(HubTrainer):
             args.dataloader_pin_memory = False
         peft_config = students_peft(model, peft_config)
         with whole_weights(args):
-            student, processing_class, chat = resolve_student(model, processing_class)
-            self.reader = reader = Reader(processing_class, chat)
+            student, self.reader = resolve_student(model, processing_class)
+            reader, processing_class = self.reader, self.reader.tokenizer
             stop_where_taught(student, processing_class, turn_end(reader))  # also where its users load it
             teachers = dict(teachers or {})
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
@@ -274,7 +274,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         tokenizer = self.processing_class
-        found, self.predictions = evaluate_rows(student, tokenizer, rows, self.args.evaluation, progress)
+        with (
+            self.accelerator.autocast()
+        ):  # accelerate has wrapped forward in it, but generate of adapters passes that by
+            found, self.predictions = evaluate_rows(student, tokenizer, rows, self.args.evaluation, progress)
         metrics = {f"{metric_key_prefix}{name.removeprefix('eval')}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -320,7 +323,11 @@ class MultiTeacherKVTrainer(HubTrainer):
     def calibrate(self) -> None:
         """See calibration.py; a map of matched layers is written to output_dir."""
         calibration = Calibration(
-            self.bridge, self.teachers, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows))
+            self.bridge,
+            self.teachers,
+            self.train_dataset,
+            lambda rows: self._prepare_inputs(self.data_collator(rows)),
+            self.accelerator.autocast,
         )
         fixed_target = bool(self.bridge.projectors) and self.args.projector.direction == "student_to_teacher"
         matched = calibration.run(self.model, self.args.alignment.layers.method == "cka", fixed_target)

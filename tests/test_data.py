@@ -34,7 +34,6 @@ STRIPS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} [/{{ m.role }}]{% endfor %} done"
 )
 SHOUTS = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{% endfor %}"
-CUTS = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
 QUESTION = [{"role": "user", "content": "what is two times three?"}]
 SIX = Example(QUESTION, " two times three is six")
 
@@ -361,10 +360,9 @@ def test_alignment_goes_through_different_templates(tiny_tokenizer):
     assert (1, 0, 1) not in aligned, "the space that one template strips is read by one model only"
 
 
-@pytest.mark.parametrize("template", [SHOUTS, CUTS], ids=["upper case", "cut"])
-def test_a_template_that_changes_text_is_refused(tiny_tokenizer, template):
-    reader = Reader(tiny_tokenizer(chat_template=template), chat=True)
-    with pytest.raises(ValueError, match="changes the text of a row.*set chat: false"):
+def test_a_template_that_changes_text_is_refused(tiny_tokenizer):
+    reader = Reader(tiny_tokenizer(chat_template=SHOUTS), chat=True)
+    with pytest.raises(ValueError, match="refuses a row, or changes its text.*Set chat: false"):
         render(Example(QUESTION, "hm </think> six"), reader)
 
 
