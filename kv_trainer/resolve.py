@@ -58,12 +58,12 @@ def resolve_teacher(
     if isinstance(given, str):
         given = TeacherConfig(model=given)
     if isinstance(given, TeacherConfig):
-        reader = Reader(load_tokenizer(given), given.chat)
         if isinstance(given.device_map, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"teachers.{name}.device_map is '{given.device_map}', and each of several processes would load a copy "
                 "there; take placement: sharded, which deals one copy out over the processes, or one process."
             )
+        reader = Reader(load_tokenizer(given), given.chat)
         placement = "dispatched" if given.device_map else given.placement
         own = zlib.crc32(f"{seed} {name}".encode())  # two of one architecture are two teachers
         model = load_random(given, own) if given.random else load_pretrained(given, device)

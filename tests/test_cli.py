@@ -210,18 +210,24 @@ def test_a_folder_with_a_run_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "out has no whole checkpoint to resume from" in err
     assert content() == {"out/recipe.yaml": b"of an earlier run"}
 
-    assert run(capsys, *train, "--training.max_steps=1")[0] == 0
+    assert run(capsys, *train, "--training.max_steps=1", "--auto-resume")[0] == 0, "nothing to resume: from the start"
     before = content()
     assert any(name.startswith("out/checkpoint-1/") for name in before) and before["out/metrics.jsonl"]
     code, out, err = run(capsys, *train, "--training.max_steps=2", "--training.learning_rate=1")
     assert code == 2 and out == "" and content() == before
     assert "out holds checkpoint-1 of an earlier run. Go on from it with --resume; or, to begin anew, give" in err
     assert run(capsys, *train, "--training.max_steps=2", "--resume")[0] == 0 and Path("out/checkpoint-2").is_dir()
+    code, out, _ = run(capsys, *train, "--training.max_steps=3", "--auto-resume")
+    assert code == 0 and "resuming from out/checkpoint-2" in out and Path("out/checkpoint-3").is_dir()
 
-    for name in ("out/checkpoint-1", "out/checkpoint-2"):  # as training.save_only_model leaves them
-        (Path(name) / "kv_manifest.json").unlink()
+    left = sorted(Path("out").glob("checkpoint-*"))
+    for folder in left:  # as training.save_only_model leaves them
+        (folder / "kv_manifest.json").unlink()
     code, _, err = run(capsys, *train)
-    assert code == 2 and "checkpoint-1, checkpoint-2 of an earlier run, which cannot be resumed; give another" in err
+    assert (
+        code == 2
+        and f"{', '.join(f.name for f in left)} of an earlier run, which cannot be resumed; give another" in err
+    )
 
 
 def test_traceback_on_request() -> None:

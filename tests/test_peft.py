@@ -78,6 +78,19 @@ def test_kv_losses_reach_the_adapters_of_keys_and_values_alone(folder: Path, tmp
     assert sum("lora_B" in n for n, _ in trainer.model.named_parameters()) == 3 * 2
 
 
+def test_answers_are_generated_in_the_precision_of_the_training(folder: Path, tmp_path: Path) -> None:
+    """`generate` of adapters calls the model below, which accelerate has not wrapped."""
+    asked = {"data.answer": "'{completion}'", "evaluation.generate": "true", "evaluation.max_new_tokens": "2"}
+    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    trainer = build_trainer(load_recipe(write(folder, tmp_path, more=", bf16: true"), words))
+    trainer.train()
+    seen = []
+    layer = trainer.accelerator.unwrap_model(trainer.model).get_base_model().lm_head
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.evaluate()
+    assert set(seen) == {torch.bfloat16} and len(seen) >= 3, "perplexity and answers alike"
+
+
 def test_recomputed_activations_change_nothing(folder: Path, tmp_path: Path) -> None:
     kept, recomputed = build(folder, tmp_path), build(folder, tmp_path, more=", gradient_checkpointing: true")
     kept.train(), recomputed.train()

@@ -25,6 +25,8 @@ from kv_trainer.checks import check_arguments
 from kv_trainer.data import Reader, encode_rows, text_batch
 from kv_trainer.fusion import Confidence, Fusion, Uniform
 from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
+from kv_trainer.model_checks import tokens_of_text
+from kv_trainer.resolve import resolve_teacher
 from kv_trainer.teachers import HOPELESS, Teacher
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
@@ -586,6 +588,39 @@ def test_a_teacher_with_another_tokenizer_is_refused(world, start) -> None:
 def test_a_teacher_that_is_no_model_is_refused(start) -> None:
     with pytest.raises(ValueError, match="Teacher 'odd' is a Linear"):
         start("relation", teachers={"odd": nn.Linear(2, 2)})
+
+
+def test_instances_read_a_chat_by_a_reader_in_the_tokenizer_s_place(world, tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    ours, theirs = world.tokenizer(40, chat_template=template), world.tokenizer(0, chat_template=template)
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]}]
+    )
+    trainer = MultiTeacherKVTrainer(
+        world.student(), {"fine": (world.teachers()["fine"][0], Reader(theirs, chat=True))}, world.arguments(tmp_path),
+        rows, processing_class=Reader(ours, chat=True),
+    )  # fmt: skip
+    row = trainer.train_dataset[0]
+    assert ours.decode(row["input_ids"]) == theirs.decode(row["fine/input_ids"]) == "[user] two?[assistant] 2"
+    assert trainer.processing_class is ours
+
+
+def test_a_device_map_that_every_process_would_fill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="teachers.big.device_map is 'auto'.*take placement: sharded"):
+        resolve_teacher("big", TeacherConfig(model="org/big", device_map="auto"), None)
+
+
+def test_special_tokens_that_no_text_has_need_not_be_known(world) -> None:
+    """As the image token of the text-only Gemma 3; a turn's mark of the chat template must be."""
+    tokenizer = world.tokenizer(40)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert (tokens_of_text(tokenizer), len(tokenizer)) == (known, known + 1)
+    tokenizer.chat_template = "{{ messages[0].content }}<image>"
+    assert tokens_of_text(tokenizer) == known + 1
+    tokenizer.chat_template, tokenizer.pad_token = None, "<image>"
+    assert tokens_of_text(tokenizer) == known + 1
 
 
 def test_an_instance_needs_its_tokenizer(world, tmp_path: Path) -> None:
