@@ -274,9 +274,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         tokenizer = self.processing_class
-        with (
-            self.accelerator.autocast()
-        ):  # accelerate has wrapped forward in it, but generate of adapters passes that by
+        # accelerate has wrapped forward in it already, but the generate of adapters passes that by.
+        with self.accelerator.autocast():
             found, self.predictions = evaluate_rows(student, tokenizer, rows, self.args.evaluation, progress)
         metrics = {f"{metric_key_prefix}{name.removeprefix('eval')}": value for name, value in found.items()}
         self.log(dict(metrics))
