@@ -187,6 +187,14 @@ class DataConfig:
     train_on_prompt: bool = field(default=False, metadata={"help": "Cross-entropy on the prompt too."})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that encode rows: of each host's first rank, whose cache the others wait for."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ValueError(f"num_proc is {self.num_proc}; give 1 or more, or leave it out.")
 
 
 @dataclass

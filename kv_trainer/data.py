@@ -122,9 +122,13 @@ def encode_rows(
         result.update({name: extra[name] for name in keep})
         return result
 
-    options: dict[str, Any] = {"remove_columns": rows.column_names, "desc": "Encoding rows"}
-    encoded = rows.map(encode_row, with_indices=True, fn_kwargs={"code": CODE}, **options)
-    supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels")
+    workers = min(config.num_proc or 1, len(rows))
+    options: dict[str, Any] = {"num_proc": workers if workers > 1 else None}
+    encoded = rows.map(
+        encode_row, with_indices=True, fn_kwargs={"code": CODE}, remove_columns=rows.column_names, desc="Encoding rows",
+        **options,
+    )  # fmt: skip
+    supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels", **options)
     if len(supervised) < len(encoded):
         without = len(encoded) - len(supervised)
         logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))

@@ -348,7 +348,9 @@ def encoded(
         as_student = {name for name, teacher in stored.items() if not teacher.raw}
         own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
         data = replace(args.data, teacher_text=own_texts)
-        rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
+        first = args.main_process_first(desc="encoding rows") if args.data.num_proc else nullcontext()
+        with first:
+            rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
     for teacher in stored.values():
         teacher.check_rows(rows)
     return rows

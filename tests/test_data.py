@@ -693,6 +693,16 @@ def test_a_file_is_its_train_split_only(folder, name):
         load_split(config, "test", None)
 
 
+def test_several_processes_encode_the_same_rows(tiny_tokenizer):
+    rows = Dataset.from_list([{"prompt": f"what is {i}?", "completion": f" {i}"} for i in range(5)])
+    student, teachers = Reader(tiny_tokenizer()), {"t": Reader(tiny_tokenizer(0))}
+    alone, together = (encode_rows(rows, student, teachers, DataConfig(num_proc=n)) for n in (None, 2))
+    assert alone.to_list() == together.to_list() and len(alone) == 5
+    assert len(encode_rows(rows.select([0]), student, teachers, DataConfig(num_proc=8))) == 1
+    with pytest.raises(ValueError, match="num_proc is 0; give 1 or more"):
+        DataConfig(num_proc=0)
+
+
 def test_rows_that_other_code_encoded_are_not_taken_from_the_cache(folder, tiny_tokenizer, monkeypatch):
     rows = load_split(DataConfig(path=str(folder / "data")), "train", None)
 
