@@ -27,7 +27,10 @@ class ModelConfig:
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's own."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    chat: bool = field(default=False, metadata={"help": "Render rows through the tokenizer's chat template."})
+    chat: bool | dict[str, Any] = field(
+        default=False,
+        metadata={"help": "Render rows through the tokenizer's chat template; {name: value} is true, and given to it."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
 
 

@@ -15,6 +15,7 @@ logger = logging.get_logger(__name__)
 OPEN, CLOSE = "<think>", "</think>"
 # Between a system's text and a user's, where a template has no system turn: as Mistral's own template writes it.
 BETWEEN = "\n\n"
+OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "tools", "return_dict"}
 Turns = Sequence[Mapping[str, Any]]
 
 
@@ -31,8 +32,12 @@ class Place:
     lead: int = 0
 
 
-def render_chat(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Place]]:
-    """turns: with a role and a content each, the last one the completion. ValueError where the template changes texts.
+def render_chat(
+    turns: Turns, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+) -> tuple[str, list[Place]]:
+    """turns: with a role and a content each, the last one the completion. options: given to the template too.
+
+    ValueError where the template changes texts.
 
     A template writes marks between the parts, may strip them, and may cut an earlier answer's reasoning. One that would
     change the completion (it cuts its reasoning too, or has no place for it) writes the generation prompt instead, and
@@ -42,7 +47,7 @@ def render_chat(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     parts = [str(turn["content"]) for turn in turns]
     said = ""
     for groups in groupings(turns):
-        chat = Chat(tokenizer, turns, groups)
+        chat = Chat(tokenizer, turns, groups, options or {})
         try:
             found = chat.whole(parts) or chat.continued(parts)
         except TemplateError as error:
@@ -76,13 +81,16 @@ class Chat:
     tokenizer: PreTrainedTokenizerBase
     turns: Turns
     groups: list[list[int]]
+    options: Mapping[str, Any]
 
     def text(self, parts: Sequence[str], last: int | None = None, prompt: bool = False) -> str:
         """What the template makes of the messages (without those from `last` on). prompt: an answer is to follow."""
         messages = [
             {**self.turns[group[-1]], "content": BETWEEN.join(parts[i] for i in group)} for group in self.groups[:last]
         ]
-        found: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        found: Any = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt, **self.options
+        )
         return found
 
     def between(self, last: int | None = None, prompt: bool = False) -> tuple[list[str], list[int]]:

@@ -84,9 +84,9 @@ def encode_rows(
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
     time = time or TimeAlignment()
     check_teacher_text(config, teachers, time)
-    warn_of_roles(
-        rows, {"student": student, **{f"teachers.{name}": reader for name, reader in teachers.items()}}, config
-    )
+    readers = {"student": student, **{f"teachers.{name}": reader for name, reader in teachers.items()}}
+    warn_of_roles(rows, readers, config)
+    warn_of_dates(readers)
     columns = set(rows.column_names)
 
     def text_of(row: Mapping[str, Any], name: str) -> str | None:
@@ -151,6 +151,20 @@ def warn_of_roles(rows: Dataset, readers: Mapping[str, Reader], config: DataConf
             "Rows are conversations, but %s, which has a chat template, reads them as one plain text without roles; "
             "set %s to read them as a chat.", " and ".join(plain), ", ".join(f"{name}.chat: true" for name in plain),
         )  # fmt: skip
+
+
+def warn_of_dates(readers: Mapping[str, Reader]) -> None:
+    """Chat templates that write today's date: another day's rows are others, and no store has them."""
+    for name, reader in readers.items():
+        if (
+            reader.chat
+            and "strftime_now" in str(reader.tokenizer.chat_template)
+            and "date_string" not in reader.options
+        ):
+            logger.warning(
+                "The chat template of %s writes today's date, so a row is another one tomorrow. Fix it, where the "
+                "template takes one: %s.chat: {date_string: 26 Jul 2024}.", name, name,
+            )  # fmt: skip
 
 
 def check_teacher_text(config: DataConfig, teachers: Mapping[str, Reader], time: TimeAlignment) -> None:

@@ -85,6 +85,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The manifest of a run, before it begins: plain values only. peft: the config of adapters to come."""
     data = {**asdict(args.data), "path": Path(args.data.path).name}
+    del data["num_proc"]  # which changes no row
     return {
         "student": describe_student(student, reader, peft),
         "teachers": {name: teacher.describe() for name, teacher in teachers.items()},

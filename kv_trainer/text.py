@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from .alignment.tokens import ANSWER, BOS, EOS, Span, overlaps
-from .chat import Place, render_chat
+from .chat import OURS, Place, render_chat
 from .examples import Example
 
 IGNORED = -100
@@ -17,10 +17,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Reader:
-    """How one model reads a row: its tokenizer, and whether through its chat template."""
+    """How one model reads a row: its tokenizer, and whether through its chat template; a dict is given to that too."""
 
     tokenizer: PreTrainedTokenizerBase
-    chat: bool = False
+    chat: bool | dict[str, Any] = False
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -28,6 +28,15 @@ class Reader:
             raise ValueError(f"The tokenizer {name} is a slow one, without character offsets; a fast one is needed.")
         if self.chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
+        if self.chat == {}:
+            raise ValueError("chat is an empty dict; give true, or what the chat template is to be given.")
+        if wrong := sorted(set(self.options) & OURS):
+            raise ValueError(f"chat gives the template {wrong[0]}, which kv_trainer sets itself; leave it out.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages."""
+        return dict(self.chat) if isinstance(self.chat, dict) else {}
 
 
 @dataclass
@@ -49,7 +58,8 @@ class Encoded:
 def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:
     """The text a model reads, and the places of the row's own parts in it; the rest is the template's."""
     if reader.chat:
-        return render_chat([*example.turns, {"role": "assistant", "content": example.completion}], reader.tokenizer)
+        turns = [*example.turns, {"role": "assistant", "content": example.completion}]
+        return render_chat(turns, reader.tokenizer, reader.options)
     parts = [*(turn["content"] for turn in example.turns), example.completion]
     text, places = "", []
     for segment, part in enumerate(parts):

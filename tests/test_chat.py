@@ -159,6 +159,27 @@ def test_conversations_read_without_roles_are_told(tiny_tokenizer, caplog, chat:
     assert "chat template" not in caplog.text
 
 
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+    "[{{ date_string }}]{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_the_template_is_given_what_it_asks_for_and_dates_are_told(tiny_tokenizer, caplog) -> None:
+    tokenizer = tiny_tokenizer(chat_template=DATED)
+    example = example_of({"messages": turns("what is two?", "two")}, DataConfig())
+    fixed = Reader(tokenizer, {"date_string": "today"})
+    assert render(example, fixed)[0] == "[today]<user>what is two?<assistant>two"
+    rows = Dataset.from_list([{"prompt": "what is two?", "completion": "two"}])
+    encode_rows(rows, fixed, {}, DataConfig())
+    assert not caplog.text
+    encode_rows(rows, Reader(tiny_tokenizer()), {"big": Reader(tokenizer, True)}, DataConfig())
+    assert "The chat template of teachers.big writes today's date" in caplog.text
+    for wrong, said in (({}, "chat is an empty dict; give true"), ({"tokenize": True}, "gives the template tokenize")):
+        with pytest.raises(ValueError, match=said):
+            Reader(tokenizer, wrong)
+
+
 def test_no_roles_no_marks(tiny_tokenizer) -> None:
     example = example_of({"messages": turns("a", "b", "c", "d", system="s")}, DataConfig())
     text, places = render(example, Reader(tiny_tokenizer()))
