@@ -154,5 +154,5 @@ def test_every_shipped_experiment_resolves(path: Path, monkeypatch: pytest.Monke
 def test_the_main_study_has_the_arms_that_were_promised() -> None:
     assert list(load_experiment(QUICKSTART / "experiment.yaml").arms) == [
         "ce", "ce_equal_time", "logit_kd", "one_teacher_a", "one_teacher_b", "two_uniform", "two_routed",
-        "shuffled_rows", "shuffled_positions", "random_teacher",
+        "shuffled_rows", "shuffled_rows_of_task", "shuffled_positions", "random_teacher",
     ]  # fmt: skip

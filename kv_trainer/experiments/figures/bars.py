@@ -43,11 +43,13 @@ def draw_panel(study: Study, axes: Axes, values: Mapping[str, Sequence[float]], 
             continue
         middle, error = mean(each), std(each)
         axes.barh(row, middle, height=0.62, color=look[arm]["color"], alpha=0.75)
+        right = min(middle + error, 1.0) if is_share(metric) else middle + error  # no share is above 100%
         if error:
-            axes.errorbar(middle, row, xerr=error, color=INK, capsize=2.5, linewidth=1)
+            sides = [[middle - max(middle - error, 0.0)], [right - middle]]
+            axes.errorbar(middle, row, xerr=sides, color=INK, capsize=2.5, linewidth=1)
         if len(each) > 1:
             axes.plot(each, [row] * len(each), **DOTS)
-        right = max([middle + error, *each])
+        right = max([right, *each])
         write_beside(axes, figure_of(metric, middle), right, row)
     axes.set_xlim(0, 1.35 * highest)
     few_ticks(axes)

@@ -33,7 +33,8 @@ def draw_curves(study: Study, target: Path) -> str:
     handles: dict[str, Any] = {}
     for row, over in zip(grid, ("steps", "seconds"), strict=True):
         for axes, (name, title) in zip(row, titles.items(), strict=True):
-            for arm in study.arms:
+            # What the others are compared with comes last, on top: else one that has the same course would hide it.
+            for arm in sorted(study.arms, key=lambda arm: arm == study.experiment.against):
                 if has(study, arm, name):
                     handles[arm] = draw_arm(study, axes, arm, name, over)
             scale(axes, name)
@@ -41,7 +42,13 @@ def draw_curves(study: Study, target: Path) -> str:
     arms = [arm for arm in study.arms if arm in handles]
     legend_below(figure, [handles[arm] for arm in arms], arms)
     save(figure, target)
-    return f"{' and '.join(titles.values())}: over steps (above) and seconds (below); mean and deviation over seeds"
+    apart = " Arms whose teachers differ have targets of their own, so heights of that term are not comparable." * (
+        term is not None
+    )
+    return (
+        f"{' and '.join(titles.values())}: over steps (above) and the mean seconds of these steps (below); mean and "
+        f"deviation over seeds.{apart}"
+    )
 
 
 def has(study: Study, arm: str, name: str) -> bool:
@@ -50,14 +57,14 @@ def has(study: Study, arm: str, name: str) -> bool:
 
 def draw_arm(study: Study, axes: Axes, arm: str, name: str, over: str) -> Any:
     """The mean over seeds and a band of one deviation, as far as the shortest run goes. Returns the line."""
-    runs = []
-    for seed in study.seeds:
-        steps, values = series(study.metrics(arm, seed), name)
-        xs = [float(s) for s in steps] if over == "steps" else seconds_at(study.records[arm, seed]["clock"], steps)
-        runs.append((xs, values))
-    ends = max(xs[0] for xs, _ in runs), min(xs[-1] for xs, _ in runs)
-    grid = np.linspace(*ends, POINTS)
-    each = np.array([[at(xs, values, x) for x in grid] for xs, values in runs])
+    runs = [series(study.metrics(arm, seed), name) for seed in study.seeds]
+    grid = np.linspace(max(steps[0] for steps, _ in runs), min(steps[-1] for steps, _ in runs), POINTS)
+    each = np.array([[at(steps, values, x) for x in grid] for steps, values in runs])
+    if over == "seconds":  # of each step: by the same seconds a slower run would be at an earlier step
+        clocks = [seconds_at(study.records[arm, s]["clock"], steps) for s, (steps, _) in zip(study.seeds, runs)]
+        grid = np.mean(
+            [[at(steps, clock, x) for x in grid] for (steps, _), clock in zip(runs, clocks, strict=True)], axis=0
+        )
     middle, error = each.mean(0), each.std(0, ddof=1) if len(runs) > 1 else np.zeros(POINTS)
     look = styles(study)[arm]
     (line,) = axes.plot(grid, middle, **look, linewidth=1.6)
