@@ -41,6 +41,14 @@ CASES: dict[str, dict[str, Any]] = {
         "losses": "projectors", "teachers": 2, "options": {"save_strategy": "steps", "save_steps": 2, **ADAM},
     },
     "resumed": {"losses": "projectors", "teachers": 2, "resume": "saved on the way/checkpoint-2", "options": ADAM},
+    "adapters, saved and evaluated on the way": {
+        "losses": "projectors", "teachers": 2, "adapters": True, "evaluate": True,
+        "options": {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, **ADAM},
+    },
+    "adapters, resumed": {
+        "losses": "projectors", "teachers": 2, "adapters": True, "options": ADAM,
+        "resume": "adapters, saved and evaluated on the way/checkpoint-2",
+    },
     "accumulation, learned router": {
         "losses": "projectors", "teachers": 2, "fusion": "router", "direction": "teacher_to_student", "batch": 2,
         "options": {"gradient_accumulation_steps": 2},
@@ -97,8 +105,9 @@ def complaint(folder: Path) -> str | None:
 def result(folder: Path) -> Result:
     """A case's result.json, and all tensors it saved at the end."""
     tensors = {}
-    for file in ("model.safetensors", "kv_bridge.safetensors"):
-        tensors |= {f"{file}: {name}": x for name, x in load_file(folder / "final" / file).items()}
+    for file in sorted((folder / "final").glob("*.safetensors")):  # of the student, or its adapters, and of the bridge
+        tensors |= {f"{file.name}: {name}": x for name, x in load_file(file).items()}
+    assert len({name.partition(":")[0] for name in tensors}) == 2, sorted(tensors)
     return json.loads((folder / "result.json").read_text()), tensors
 
 

@@ -30,6 +30,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from helpers_models import build_model, build_tokenizer
 from helpers_trainer import ROWS, World
+from peft import LoraConfig
 
 from kv_trainer.arguments import EvaluationConfig, ProjectorConfig, TeacherConfig
 from kv_trainer.data import Reader
@@ -82,6 +83,10 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
     rows = Dataset.from_list([{**row, "answer": "4"} for row in ROWS[:4]]) if "evaluate" in case else None
     if rows is not None:
         options["evaluation"] = EvaluationConfig(max_new_tokens=4)
+    if "adapters" in case:
+        options["peft_config"] = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+        )
     trainer = world.trainer(folder, LOSSES[case["losses"]], teachers=teachers, eval_rows=rows, **options)
     resume = str(folder.parent / case["resume"]) if "resume" in case else None
     trainer.train(resume_from_checkpoint=resume)
