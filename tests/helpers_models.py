@@ -86,6 +86,7 @@ CORPUS = (
 )
 
 
+
 _built: dict[str, PreTrainedModel] = {}
 
 

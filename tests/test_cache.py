@@ -37,32 +37,10 @@ READABLE = {
     "gpt_neox quarter": ("gpt_neox", {}),
     "nanochat": ("nanochat", FAMILIES["llama"]),
     "helium": ("helium", {**FAMILIES["llama"], "head_dim": 8}),
-    **{
-        name: (name, {})
-        for name in (
-            "gpt2",
-            "olmo2",
-            "stablelm",
-            "cohere",
-            "cohere2",
-            "glm",
-            "glm4",
-            "gemma3_text",
-            "gpt_oss",
-            "smollm3",
-            "exaone4",
-            "phi",
-            "falcon",
-            "ernie4_5",
-            "nemotron",
-            "opt",
-            "falcon_h1",
-            "qwen3_next",
-            "lfm2",
-            "bamba",
-            "jamba",
-        )
-    },
+    **{name: (name, {}) for name in (
+        "gpt2", "olmo2", "stablelm", "cohere", "cohere2", "glm", "glm4", "gemma3_text", "gpt_oss", "smollm3", "exaone4",
+        "phi", "falcon", "ernie4_5", "nemotron", "opt", "falcon_h1", "qwen3_next", "lfm2", "bamba", "jamba",
+    )},
 }
 
 

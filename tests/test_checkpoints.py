@@ -179,7 +179,7 @@ def test_other_layers_of_the_maps_are_refused(world: World, run: Path) -> None:
 
 
 def test_another_control_or_other_adapters_are_refused(world: World, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='control.shuffle was not there, is "rows"'):
+    with pytest.raises(ValueError, match="control.shuffle was not there, is \"rows\""):
         trainer = world.trainer(run, losses(), **SAVING, control=ControlConfig("rows"))
         trainer.train(resume_from_checkpoint=True)
     lora = {"r": 2, "target_modules": ["k_proj"], "task_type": "CAUSAL_LM"}
@@ -319,7 +319,9 @@ def test_sharding_over_one_process_is_told(world: World, tmp_path: Path, caplog:
     assert "teachers.fine.placement is sharded, but there is one process" in caplog.text
 
 
-def test_what_a_device_map_placed_is_not_moved(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_map_placed_is_not_moved(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = world.teachers()["fine"]
     model.save_pretrained(tmp_path / "mine")
     tokenizer.save_pretrained(tmp_path / "mine")

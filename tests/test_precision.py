@@ -192,7 +192,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_models_are_one_graph_each_and_teach_the_same(world: World, tmp_path: Path, compiler: None) -> None:
+def test_compiled_models_are_one_graph_each_and_teach_the_same(
+    world: World, tmp_path: Path, compiler: None
+) -> None:
     """Every loss at once, a weight that follows the gradient, and not one graph break."""
     losses = {n: LOSSES[n]() for n in LOSSES} | {"kv_relation": KVRelationLoss(weight=GradientShare(every=2))}
     batch = {"per_device_train_batch_size": len(world.encoded)}  # one shape, one graph

@@ -62,10 +62,7 @@ def compare(
 
 
 def others_finished(
-    console: Console,
-    experiment: Experiment,
-    chosen: Sequence[str],
-    seeds: Sequence[int],
+    console: Console, experiment: Experiment, chosen: Sequence[str], seeds: Sequence[int],
     records: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> dict[tuple[str, int], Mapping[str, Any]]:
     """Runs of arms that were not asked for now, where all seeds are there: what is tested together is corrected so."""

@@ -52,3 +52,5 @@ class Entropy(Tempered):
     def shares(self, inputs: FusionInputs) -> Tensor:
         assert inputs.entropy is not None
         return torch.softmax(-inputs.entropy / self.temperature, dim=0)
+
+

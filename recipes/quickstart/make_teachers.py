@@ -28,36 +28,18 @@ def build(task: str, texts: list[str]):
     if task == "chain":
         tokenizer = byte_level_tokenizer(texts, r".", 0)
         config = Qwen2Config(
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        )
+            hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
         kind = Qwen2ForCausalLM
     else:
         tokenizer = byte_level_tokenizer(texts, r" ?[A-Z]|[0-9]| ?[a-z]+| ?#+|.", 64)
         config = LlamaConfig(
-            hidden_size=96,
-            intermediate_size=288,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            head_dim=48,
-            num_key_value_heads=1,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e4},
-        )
+            hidden_size=96, intermediate_size=288, num_hidden_layers=6, num_attention_heads=4, head_dim=48,
+            num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
         kind = LlamaForCausalLM
-    config.update(
-        dict(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=LIMIT,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    config.update(dict(vocab_size=len(tokenizer), max_position_embeddings=LIMIT, tie_word_embeddings=True,
+                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id))
     return kind(config), tokenizer
 
 
@@ -110,15 +92,11 @@ def main() -> None:
 
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=options.learning_rate, betas=(0.9, 0.98))
     warmup = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / options.steps)))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / options.steps))))
     began = time.time()
     model.train()
     for step in range(1, options.steps + 1):

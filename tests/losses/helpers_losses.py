@@ -166,7 +166,9 @@ def unchanged(x: Tensor, axis: int) -> Tensor:
 
 def map_answers(inputs: LossInputs, theirs: Callable[[str, Tensor], Tensor]) -> LossInputs:
     """The same inputs with a function, told the name, on what each teacher holds at the answers."""
-    return replace(inputs, teacher_hidden={n: tuple(theirs(n, x) for x in h) for n, h in inputs.teacher_hidden.items()})
+    return replace(
+        inputs, teacher_hidden={n: tuple(theirs(n, x) for x in h) for n, h in inputs.teacher_hidden.items()}
+    )
 
 
 def map_states(inputs: LossInputs, ours: Change, theirs: Callable[[str], Change]) -> LossInputs:

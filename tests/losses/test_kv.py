@@ -32,7 +32,6 @@ def naive_compare(x: list, y: list, mask: list[bool], metric: str) -> Tensor:
     positions = [t for t, counts in enumerate(mask) if counts]
     heads, width = range(len(y)), range(len(y[0][0]))
     if metric == "cosine":
-
         def cosine(t: int) -> Tensor:
             dot, xx, yy = (
                 sum(a[h][t][d] * b[h][t][d] for h in heads for d in width) for a, b in ((x, y), (x, x), (y, y))
@@ -92,7 +91,6 @@ def any_of(masks: list[list[bool]]) -> list[bool]:
 
 def naive_fuse(mapped: list, masks: list[list[bool]], weights: Tensor, like: Tensor) -> list:
     """Entry by entry, the mean of the teachers that are aligned at the position."""
-
     def at(h: int, t: int, d: int) -> Tensor:
         share = sum(w for w, mask in zip(weights, masks) if mask[t])
         return sum(w * x[h][t][d] for w, x, mask in zip(weights, mapped, masks) if mask[t]) / share

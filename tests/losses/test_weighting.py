@@ -90,15 +90,13 @@ def naive_relation(inputs: LossInputs, side: str | None, mix: Mix = plain) -> Te
         root = torch.tensor(weights, dtype=torch.float64).sqrt()
         pairs = root[:, None] * root * (1 - torch.eye(len(root)))
         ours = torch.stack([cosines(flat(getattr(inputs.student, p)[n][b].detach()), anywhere) for p, n in pieces])
-        theirs = torch.stack(
-            [
-                torch.stack([cosines(flat(getattr(t, p)[n][b]), t.mask[b]) for p, n in pieces])
-                for t in inputs.teachers.values()
-            ]
-        )
-        trust = torch.stack(
-            [w * pairs * m[b][:, None] * m[b] for w, m in zip(inputs.weights[:, b], masks, strict=True)]
-        )
+        theirs = torch.stack([
+            torch.stack([cosines(flat(getattr(t, p)[n][b]), t.mask[b]) for p, n in pieces])
+            for t in inputs.teachers.values()
+        ])
+        trust = torch.stack([
+            w * pairs * m[b][:, None] * m[b] for w, m in zip(inputs.weights[:, b], masks, strict=True)
+        ])
         mixed = mix(theirs - ours, trust[:, None].expand_as(theirs))
         weight = mixed.sum(0)
         target = (mixed * theirs).sum(0) / weight.clamp_min(1e-12)
