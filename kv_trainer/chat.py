@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -37,41 +37,52 @@ def render_chat(
 ) -> tuple[str, list[Place]]:
     """turns: with a role and a content each, the last one the completion. options: given to the template too.
 
-    ValueError where the template changes texts.
-
     A template writes marks between the parts, may strip them, and may cut an earlier answer's reasoning. One that would
-    change the completion (it cuts its reasoning too, or has no place for it) writes the generation prompt instead, and
-    the completion follows as the model would have written it. One that refuses or drops a system turn reads its text
-    at the head of the first user's.
+    change the completion (it cuts its reasoning too, or has no place for it) writes what comes before an answer, and
+    the completion follows as the model would have written it. One that refuses or drops a system turn reads its text at
+    the head of the first user's. ValueError where a template changes any other text.
     """
     parts = [str(turn["content"]) for turn in turns]
-    said = ""
-    for groups in groupings(turns):
-        chat = Chat(tokenizer, turns, groups, options or {})
-        try:
-            found = chat.whole(parts) or chat.continued(parts)
-        except TemplateError as error:
-            said = said or f" ({error})"
-            continue
-        if found is not None:
-            if len(groups) < len(turns):
-                logger.warning_once(
-                    f"The chat template of {tokenizer.name_or_path} has no system turn; its text is read at the head "
-                    "of the user's."
-                )
-            return found
-    raise ValueError(
-        f"The chat template of {tokenizer.name_or_path} refuses a row, or changes its text{said}, so that its tokens "
-        f"cannot be matched with another model's: {shown(parts)}. Set chat: false, or mend such rows."
-    )
+    chat = Chat(tokenizer, turns, [[i] for i in range(len(turns))], options or {})
+    system = len(turns) > 2 and [turn["role"] for turn in turns[:2]] == ["system", "user"]
+    blank = system and not parts[0].strip()
+    said, found, dropped = "", None, False
+    try:
+        found = chat.whole(parts) or (None if blank else chat.continued(parts))
+        dropped = found is None and 0 not in chat.between()[1]
+    except TemplateError as error:
+        said, dropped = f" ({error})", True
+    if found is None and system:
+        found = without_system(chat, parts, blank, dropped)
+    if found is None:
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path} refuses a row, or changes its text{said}, so that its "
+            f"tokens cannot be matched with another model's: {shown(parts)}. Set chat: false, or mend such rows."
+        )
+    return found
 
 
-def groupings(turns: Turns) -> list[list[list[int]]]:
-    """Which parts make a message: each its own; then a system's text and the user's in one."""
-    alone = [[i] for i in range(len(turns))]
-    if len(turns) > 2 and [turn["role"] for turn in turns[:2]] == ["system", "user"]:
-        return [alone, [[0, 1], *alone[2:]]]
-    return [alone]
+def without_system(chat: Chat, parts: list[str], blank: bool, dropped: bool) -> tuple[str, list[Place]] | None:
+    """A system's text at the head of the user's, where the template has no system turn; a blank one is none at all."""
+    if not (blank or dropped):  # it is there, but changed: with the user it would stand twice, or ask for another mode
+        return None
+    try:
+        if blank:
+            rest = replace(chat, turns=chat.turns[1:], groups=[[i] for i in range(len(parts) - 1)])
+            found = rest.whole(parts[1:]) or rest.continued(parts[1:])
+            if found is None:
+                return None
+            return found[0], [Place(0, 0, 0), *(replace(place, segment=place.segment + 1) for place in found[1])]
+        folded = replace(chat, groups=[[0, 1], *chat.groups[2:]])
+        found = folded.whole(parts) or folded.continued(parts)
+    except TemplateError:
+        return None
+    if found is not None:
+        logger.warning_once(
+            f"The chat template of {chat.tokenizer.name_or_path} has no system turn; its text is read at the head "
+            "of the user's."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Chat:
         return None if places is None else (text, places)
 
     def continued(self, parts: Sequence[str]) -> tuple[str, list[Place]] | None:
-        """The generation prompt, the completion as it is, and what ends an answer; None where that fails too."""
+        """The turns, what comes before an answer, the completion as it is, and what ends it; None if that fails too."""
         if len(self.groups) < 2:
             return None
         *asked, completion = parts
@@ -120,14 +131,12 @@ class Chat:
         places = found_in(prompt, asked, before, last) if asked_for == [*range(last)] else None
         if places is None or written[-2:] != [last - 1, last]:
             return None
-        tail, spaced = before[-1], whole[-2]
-        more = spaced.removeprefix(tail) if spaced.startswith(tail) else ""
-        # Where a template has no generation prompt, or an answer begins with a blank, it is the marks that show it.
-        if not more.strip() or prompt == self.text(parts, -1):
-            tail += more
-        if completion.lstrip().startswith(OPEN):  # which opens it itself
-            tail = tail.partition(OPEN)[0]
-        start = prompt[: len(prompt) - len(before[-1])] + tail
+        head = whole[-2]  # what the template writes before an answer; one without a thought, as the marks are
+        if OPEN in completion or CLOSE in completion:
+            head = head.partition(OPEN)[0]
+        if CLOSE in completion and OPEN not in completion:  # what opens it was in the prompt
+            head = before[-1] if before[-1].rstrip().endswith(OPEN) else f"{head}{OPEN}\n"
+        start = prompt[: len(prompt) - len(before[-1])] + head
         return start + completion + whole[-1], [*places, Place(last, len(start), len(start) + len(completion))]
 
 
@@ -153,12 +162,10 @@ def found_in(text: str, parts: Sequence[str], between: Sequence[str], completion
 def forms(part: str, shortened: bool) -> Iterator[tuple[str, int]]:
     """A part, stripped and, `shortened`, without its reasoning: what is left, and how much was cut from its front."""
     for core in dict.fromkeys((part, part.rpartition(CLOSE)[2])) if shortened else (part,):
-        cut = len(part) - len(core)
-        left = core.lstrip()
-        yield core, cut
-        yield core.strip(), cut + len(core) - len(left)
-        yield left, cut + len(core) - len(left)
-        yield core.rstrip(), cut
+        for blanks in (None, "\n"):  # what templates strip: all, or line ends alone
+            left, right = core.lstrip(blanks), core.rstrip(blanks)
+            cut, more = len(part) - len(core), len(core) - len(left)
+            yield from ((core, cut), (core.strip(blanks), cut + more), (left, cut + more), (right, cut))
 
 
 def shown(parts: Sequence[str]) -> str:

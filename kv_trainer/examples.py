@@ -84,8 +84,11 @@ def answered(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, str]],
     *turns, last = messages_of(row[column], column)
     if last["role"] != "assistant":
         raise ValueError(f"The last of a row's {column} is by '{last['role']}'; it must be the assistant's answer.")
-    thought = [last[name] for name in REASONINGS if last.get(name) and "</think>" not in last["content"]]
-    return turns, f"<think>\n{thought[0].strip()}\n</think>\n\n{last['content']}" if thought else last["content"]
+    beside = [name for name in REASONINGS if last.get(name)]
+    if not beside or "</think>" in last["content"]:
+        return turns, last["content"]
+    thought = text_in(last[beside[0]], f"The assistant's {beside[0]} in the column {column}")
+    return turns, f"<think>\n{thought.strip()}\n</think>\n\n{last['content']}"
 
 
 def messages_of(value: Any, column: str) -> list[dict[str, str]]:
@@ -100,8 +103,10 @@ def messages_of(value: Any, column: str) -> list[dict[str, str]]:
         text_in(message.get("content"), f"The {message['role']}'s content in the column {column}")
         if message.get("tool_calls"):
             text_in(message["tool_calls"], f"The {message['role']}'s tool_calls in the column {column}")
-    *before, last = value  # templates drop the reasoning of earlier answers, and some write it where it was not learned
-    return [*({k: v for k, v in turn.items() if k not in REASONINGS} for turn in before), dict(last)]
+    # Templates drop the reasoning of earlier answers, some ask whether a key is there, whatever it holds, and a column
+    # has every key that any message has.
+    *before, last = [{key: x for key, x in message.items() if x not in (None, [], {})} for message in value]
+    return [*({key: x for key, x in turn.items() if key not in REASONINGS} for turn in before), last]
 
 
 def text_in(value: Any, what: str) -> str:

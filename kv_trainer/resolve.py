@@ -37,8 +37,6 @@ def resolve_student(
     if tokenizer is None:
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
     reader = tokenizer if isinstance(tokenizer, Reader) else Reader(tokenizer)
-    if reader.tokenizer.pad_token_id is None:
-        reader.tokenizer.pad_token = reader.tokenizer.eos_token
     adapters: Any = getattr(config, "active_peft_config", None)
     if adapters is not None:
         check_method(adapters)

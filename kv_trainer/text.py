@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +29,15 @@ class Reader:
             raise ValueError(f"The tokenizer {name} is a slow one, without character offsets; a fast one is needed.")
         if self.chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat is true, but the tokenizer {name} has no chat template; set chat: false.")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.chat == {}:
             raise ValueError("chat is an empty dict; give true, or what the chat template is to be given.")
         if wrong := sorted(set(self.options) & OURS):
             raise ValueError(f"chat gives the template {wrong[0]}, which kv_trainer sets itself; leave it out.")
+        for key, value in self.options.items():
+            if not isinstance(value, (str, int, float, list, dict, NoneType)):  # such as a date of YAML's
+                raise ValueError(f"chat.{key} is {value!r}, which no template reads; put it in quotes.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -110,7 +116,8 @@ def encode(
         # the answer's first characters away in `prompt_ids`.
         labels.append(token if end > begin else IGNORED)
     eos = tokenizer.eos_token_id
-    if eos is not None and not reader.chat and (not ids or ids[-1] != eos):
+    ends = reader.chat and text[places[-1].end :].strip()  # with the template's own mark
+    if eos is not None and not ends and (not ids or ids[-1] != eos):
         ids.append(eos)
         spans.append(EOS)
         labels.append(eos)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
+from .encoding import encoded, encoding_first
 from .evaluation import check_prompts, evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
@@ -130,7 +130,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         if train_dataset is not None:
             train_dataset = encoded(train_dataset, args, reader, readers, stored)
         if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
-            eval_dataset = encode_rows(eval_dataset, reader, {}, args.data, keep=EVALUATED)
+            with encoding_first(args, eval_dataset) as data:
+                eval_dataset = encode_rows(eval_dataset, reader, {}, data, keep=EVALUATED)
             check_prompts(eval_dataset, args.evaluation)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
@@ -270,7 +271,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         if rows is None:
             raise ValueError("There is nothing to evaluate: give eval_dataset.")
         if isinstance(rows, Dataset) and "input_ids" not in rows.column_names:
-            rows = encode_rows(rows, self.reader, {}, self.args.data, keep=EVALUATED)
+            with encoding_first(self.args, rows) as data:
+                rows = encode_rows(rows, self.reader, {}, data, keep=EVALUATED)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         tokenizer = self.processing_class
@@ -334,23 +336,3 @@ class MultiTeacherKVTrainer(HubTrainer):
         if self.is_world_process_zero():
             for name, similarity in matched.items():
                 save_layer_match(Path(str(self.args.output_dir)), name, similarity, self.bridge.layer_maps[name])
-
-
-def encoded(
-    rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, readers: Mapping[str, Reader],
-    stored: Mapping[str, StoredTeacher],
-) -> Dataset:  # fmt: skip
-    """Rows of text as ids, for the student and every teacher; rows that are encoded already stay as they are.
-
-    ValueError where a stored teacher does not have them.
-    """
-    if "input_ids" not in rows.column_names:
-        as_student = {name for name, teacher in stored.items() if not teacher.raw}
-        own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
-        data = replace(args.data, teacher_text=own_texts)
-        first = args.main_process_first(desc="encoding rows") if args.data.num_proc else nullcontext()
-        with first:
-            rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
-    for teacher in stored.values():
-        teacher.check_rows(rows)
-    return rows

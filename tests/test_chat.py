@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,62 @@ def test_an_answer_follows_the_generation_prompt_where_the_template_would_change
     assert render_chat(messages, cuts)[0] == f"[user]2+2?[assistant]{THOUGHT}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_thought_that_the_prompt_opened_is_opened(tiny_tokenizer, family: str) -> None:
+    """What R1, QwQ and Qwen3-thinking write: their generation prompt ends in <think>."""
+    completion = "two and two\n</think>\n\nIt is 4."
+    text, found = parts_of(turns("2+2?", completion), reader(tiny_tokenizer, family).tokenizer)
+    assert found[-1] == completion
+    if family in ("qwen3", "r1"):
+        assert f"<think>\n{completion}" in text and text.count("think>") == 2
+    else:
+        assert text == reader(tiny_tokenizer, family).tokenizer.apply_chat_template(
+            turns("2+2?", completion), tokenize=False
+        ), "which knows nothing of thoughts"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_blank_system_turn_is_as_good_as_none(tiny_tokenizer, family: str, caplog) -> None:
+    tokenizer = reader(tiny_tokenizer, family).tokenizer
+    text, places = render_chat(turns("2+2?", "It is 4.", system=""), tokenizer)
+    assert [text[p.start : p.end] for p in places] == ["", "2+2?", "It is 4."]
+    assert [place.segment for place in places] == [0, 1, 2] and not caplog.text
+    alone = tokenizer.apply_chat_template(turns("2+2?", "It is 4."), tokenize=False)
+    if family in ("gemma2", "mistral", "r1"):
+        assert text == alone, "others write the turn without a text"
+
+
+MODES = (
+    "{% set ns = namespace(mode='/think', said='') %}{% if messages[0].role == 'system' %}{% if '/no_think' in "
+    "messages[0].content %}{% set ns.mode = '/no_think' %}{% endif %}{% set ns.said = "
+    "messages[0].content.replace('/no_think', '') %}{% endif %}[{{ ns.mode }}]{{ ns.said }}"
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_system_turn_that_is_changed_is_not_moved(tiny_tokenizer) -> None:
+    """As SmolLM3's, of which a word sets the mode: in the user's turn it would ask for another one."""
+    tokenizer = reader(tiny_tokenizer, MODES).tokenizer
+    assert parts_of(turns("2+2?", "4", system="Be brief."), tokenizer)[1] == ["Be brief.", "2+2?", "4"]
+    with pytest.raises(ValueError, match="refuses a row, or changes its text"):
+        render_chat(turns("2+2?", "4", system="Be brief. /no_think"), tokenizer)
+
+
+def test_an_answer_without_an_end_of_the_template_s_ends_in_eos(tiny_tokenizer) -> None:
+    tokenizer = tiny_tokenizer(chat_template=MODES)
+    example = example_of({"messages": turns("what is two?", "two")}, DataConfig())
+    assert encode(example, Reader(tokenizer, True), 999).labels[-1] == tokenizer.eos_token_id
+    marked = tiny_tokenizer(chat_template=MODES.replace("{{ m.content }}", "{{ m.content }} done"))
+    assert encode(example, Reader(marked, True), 999).labels[-1] != marked.eos_token_id
+
+
+def test_blanks_that_a_template_strips_at_line_ends_alone(tiny_tokenizer) -> None:
+    """Qwen 3 strips line ends, not blanks: an indented answer is still the template's own text."""
+    tokenizer = reader(tiny_tokenizer, "qwen3").tokenizer
+    messages = turns("2+2?", "\n It is 4. \n")
+    assert render_chat(messages, tokenizer)[0] == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.sampled_from(FAMILIES),
@@ -137,6 +194,19 @@ def test_reasoning_beside_the_answer_is_learned_before_it(name: str) -> None:
     assert earlier.turns[1] == {"role": "assistant", "content": "It is 4."}
 
 
+def test_reasoning_that_is_no_text_is_refused() -> None:
+    last = {"role": "assistant", "content": "It is 4.", "reasoning": ["two"]}
+    with pytest.raises(ValueError, match=r"assistant's reasoning in the column messages is \['two'\], no text"):
+        example_of({"messages": [*turns("2+2?"), last]}, DataConfig())
+
+
+def test_keys_that_hold_nothing_are_none(tiny_tokenizer) -> None:
+    """A column has them where any message has them; Llama 3.1 asks whether they are there."""
+    empty = {"tool_calls": [], "name": None}
+    example = example_of({"messages": [{**turn, **empty} for turn in turns("2+2?", "4", "3+3?", "6")]}, DataConfig())
+    assert example.turns == turns("2+2?", "4", "3+3?")
+
+
 def test_tool_calls_are_refused_and_none_are_not() -> None:
     called = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
     with pytest.raises(ValueError, match="assistant's tool_calls in the column messages is .*add.*without tool calls"):
@@ -175,7 +245,11 @@ def test_the_template_is_given_what_it_asks_for_and_dates_are_told(tiny_tokenize
     assert not caplog.text
     encode_rows(rows, Reader(tiny_tokenizer()), {"big": Reader(tokenizer, True)}, DataConfig())
     assert "The chat template of teachers.big writes today's date" in caplog.text
-    for wrong, said in (({}, "chat is an empty dict; give true"), ({"tokenize": True}, "gives the template tokenize")):
+    wrongs = {
+        "chat is an empty dict; give true": {}, "gives the template tokenize": {"tokenize": True},
+        "chat.date_string is datetime.date.*put it in quotes": {"date_string": date(2024, 7, 26)},
+    }  # fmt: skip
+    for said, wrong in wrongs.items():
         with pytest.raises(ValueError, match=said):
             Reader(tokenizer, wrong)
 

@@ -593,6 +593,7 @@ def test_a_teacher_that_is_no_model_is_refused(start) -> None:
 def test_instances_read_a_chat_by_a_reader_in_the_tokenizer_s_place(world, tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     ours, theirs = world.tokenizer(40, chat_template=template), world.tokenizer(0, chat_template=template)
+    theirs.pad_token = None  # as Llama 3's and Mistral's
     rows = Dataset.from_list(
         [{"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]}]
     )
@@ -601,8 +602,9 @@ def test_instances_read_a_chat_by_a_reader_in_the_tokenizer_s_place(world, tmp_p
         rows, processing_class=Reader(ours, chat=True),
     )  # fmt: skip
     row = trainer.train_dataset[0]
-    assert ours.decode(row["input_ids"]) == theirs.decode(row["fine/input_ids"]) == "[user] two?[assistant] 2"
-    assert trainer.processing_class is ours
+    assert ours.decode(row["input_ids"]) == theirs.decode(row["fine/input_ids"]) == "[user] two?[assistant] 2</s>"
+    assert trainer.processing_class is ours and theirs.pad_token == theirs.eos_token
+    trainer.train()
 
 
 def test_a_device_map_that_every_process_would_fill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

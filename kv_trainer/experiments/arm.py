@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,7 +30,7 @@ from ..run import leave_together, train
 from ..store.teacher import StoredTeacher
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
-from .jobs import RECORD
+from .jobs import RECORD, settings_of
 
 
 def now() -> dict[str, float]:
@@ -169,7 +168,8 @@ def goes_on(folder: Path, recipe: Recipe) -> bool:
     if checkpoint is None or not saved.exists():
         return False
     texts = (dump_recipe(one) for one in (load_recipe(saved), recipe))
-    found = differences(*map(yaml.safe_load, texts))
+    before, now = map(settings_of, texts)
+    found = differences(before, now)
     if found:
         raise ValueError(f"{folder} holds a begun run of other settings: {'; '.join(found)}. Remove it to begin anew.")
     records = list(folder.glob("progress-*.json"))

@@ -19,6 +19,13 @@ from .experiment import Experiment
 RECORD, LOG = "arm.json", "log.txt"
 
 
+def settings_of(recipe: str) -> dict[str, Any]:
+    """A recipe's text as what two runs of the same settings share: not how many processes encoded its rows."""
+    found: dict[str, Any] = yaml.safe_load(recipe)
+    (found.get("data") or {}).pop("num_proc", None)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One run: an arm with a seed."""
@@ -72,7 +79,7 @@ class Job:
             return None
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         now = self.recipe_text(self.given_steps(record))
-        found = differences(yaml.safe_load(self.saved(self.folder)), yaml.safe_load(now))
+        found = differences(settings_of(self.saved(self.folder)), settings_of(now))
         if found:
             raise ValueError(
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "

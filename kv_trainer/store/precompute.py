@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -64,9 +65,10 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
             end = min(start + store.rows_per_shard, len(trainer.train_dataset))
             write_rows(trainer, folder, missing, range(start, end))
             made += end - start
-    pace = {name: (then - began[name]) / made for name, then in clocks().items()} if made else pace_of(folder)
+    spent = {name: then - began[name] for name, then in clocks().items()}
+    pace = pace_of_ranks([(made, spent)] if trainer.args.world_size == 1 else gather_object([(made, spent)]))
     trainer.accelerator.wait_for_everyone()
-    record = finish(trainer, folder, {**begun, "seconds_a_row": pace})
+    record = finish(trainer, folder, {**begun, "seconds_a_row": pace or pace_of(folder)})
     console.print(
         f"{folder}: {record['bytes'] / 1e6:,.1f} MB, {record['share_of_raw']:.1%} of the teachers' own keys and values "
         f"in float16; error {record['relative_error']:.2%} of their size"
@@ -76,6 +78,12 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
 
 def clocks() -> dict[str, float]:
     return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
+
+
+def pace_of_ranks(told: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float] | None:
+    """Of the slowest rank's seconds, by all rows that were made; None where none was."""
+    rows = sum(made for made, _ in told)
+    return {name: max(spent[name] for _, spent in told) / rows for name in told[0][1]} if rows else None
 
 
 def pace_of(folder: Path) -> dict[str, float] | None:

@@ -1,0 +1,48 @@
+"""The rows of a run, encoded once for the student and all of its teachers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+from datasets import Dataset
+
+from .arguments import DataConfig, MultiTeacherKVConfig
+from .data import Reader, encode_rows
+from .store.teacher import StoredTeacher
+
+
+@contextmanager
+def encoding_first(args: MultiTeacherKVConfig, rows: Dataset) -> Iterator[DataConfig]:
+    """With data.num_proc the first rank of a host encodes rows, and the others read its cache.
+
+    Rows that were never in a file have none: there the ranks of a host share the processes.
+    """
+    data, there = args.data, getattr(rows, "cache_files", None)
+    if data.num_proc and args.world_size > 1 and not there:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+        data = replace(data, num_proc=max(1, data.num_proc // ranks))
+    first = args.main_process_first(desc="encoding rows") if data.num_proc and there else nullcontext()
+    with first:
+        yield data
+
+
+def encoded(
+    rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, readers: Mapping[str, Reader],
+    stored: Mapping[str, StoredTeacher],
+) -> Dataset:  # fmt: skip
+    """Rows of text as ids, for the student and every teacher; rows that are encoded already stay as they are.
+
+    ValueError where a stored teacher does not have them.
+    """
+    if "input_ids" not in rows.column_names:
+        as_student = {name for name, teacher in stored.items() if not teacher.raw}
+        own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
+        with encoding_first(args, rows) as data:
+            data = replace(data, teacher_text=own_texts)
+            rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
+    for teacher in stored.values():
+        teacher.check_rows(rows)
+    return rows
