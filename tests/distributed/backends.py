@@ -73,7 +73,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 ONE = "one process"
-WRAPPED = {"DDP": "DistributedDataParallel", "FSDP2": "FSDPLlamaForCausalLM"}
+WRAPPED = {"DDP": "DistributedDataParallel", "FSDP2": "FSDP"}  # and the name of what it wraps, which may have adapters
 SECONDS = 900
 Result = tuple[dict[str, Any], dict[str, Any]]
 
