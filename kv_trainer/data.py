@@ -13,9 +13,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
 from torch import Tensor
 
-from .alignment.rows import align_rows
 from .arguments import DataConfig, TimeAlignment
 from .examples import Example, example_of, filled, teacher_example
+from .positions import align_rows
 from .text import IGNORED, Encoded, Reader, encode
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ LOW = (
     "data.max_length); for texts that differ set alignment.time.method to segment_aware."
 )
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-ALIGNED = ("alignment/rows.py", "alignment/tokens.py", "alignment/time.py")
+ALIGNED = ("positions.py", "alignment/tokens.py", "alignment/time.py")
 SOURCES = ("data.py", "examples.py", "text.py", "chat.py", *ALIGNED)  # they encode a row
 
 

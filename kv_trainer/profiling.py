@@ -10,6 +10,11 @@ from contextlib import contextmanager
 import torch
 
 
+def clocks() -> dict[str, float]:
+    """Seconds of the wall, and of the processor a thread."""
+    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
+
+
 class Profile:
     """Seconds of each part, those of parts within it taken off, so that all of them add up to the whole.
 

@@ -31,6 +31,8 @@ def resolve_student(
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if isinstance(config, StudentConfig):
         read = tokenizer or load_tokenizer(config)
+        if isinstance(read, Reader) and config.chat and config.chat != read.chat:
+            raise ValueError(f"The student's chat is {config.chat}, but its Reader says {read.chat}; say it once.")
         return load_student(config), read if isinstance(read, Reader) else Reader(read, config.chat)
     if isinstance(config, ModelConfig):
         raise ValueError(f"The student is a {type(config).__name__}; give a name, a StudentConfig or a model.")

@@ -118,6 +118,7 @@ KV = ["--losses.kv_relation", "null", "--losses.kv.weight", "0.5", "--projector.
         ["--training.gradient_accumulation_steps", "2", "--training.dataloader_num_workers", "1"],
         KV,
         [*KV, "--projector.direction", "teacher_to_student"],
+        ["--control.shuffle", "rows"],
         ["--control.shuffle", "rows_of_task", "--data.task", "'{prompt}'"],
         ["--control.shuffle", "positions"],
         ["--fusion", "{method: task_wise}", "--data.task", "'{prompt}'"],

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from kv_trainer import data
-from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig, TeacherConfig
+from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig, StudentConfig, TeacherConfig
 from kv_trainer.calibration import typical
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.checks import check_arguments
@@ -26,7 +26,7 @@ from kv_trainer.data import Reader, encode_rows, text_batch
 from kv_trainer.fusion import Confidence, Fusion, Uniform
 from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
 from kv_trainer.model_checks import tokens_of_text
-from kv_trainer.resolve import resolve_teacher
+from kv_trainer.resolve import resolve_student, resolve_teacher
 from kv_trainer.teachers import HOPELESS, Teacher
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
@@ -605,6 +605,14 @@ def test_instances_read_a_chat_by_a_reader_in_the_tokenizer_s_place(world, tmp_p
     assert ours.decode(row["input_ids"]) == theirs.decode(row["fine/input_ids"]) == "[user] two?[assistant] 2</s>"
     assert trainer.processing_class is ours and theirs.pad_token == theirs.eos_token
     trainer.train()
+
+
+def test_a_student_s_chat_is_said_once(world, tmp_path: Path) -> None:
+    world.student().save_pretrained(tmp_path / "student")
+    world.tokenizer(40).save_pretrained(tmp_path / "student")
+    config = StudentConfig(model=str(tmp_path / "student"), chat=True)
+    with pytest.raises(ValueError, match="The student's chat is True, but its Reader says False; say it once"):
+        resolve_student(config, Reader(world.tokenizer(40)))
 
 
 def test_a_device_map_that_every_process_would_fill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,16 +24,13 @@ from ..facts import hardware
 from ..files import write_text
 from ..losses import CrossEntropy
 from ..manifest import differences, last_whole
+from ..profiling import clocks
 from ..recipes import dump_recipe, load_recipe
 from ..run import leave_together, train
 from ..store.teacher import StoredTeacher
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
 from .jobs import RECORD, settings_of
-
-
-def now() -> dict[str, float]:
-    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
 
 
 class Recorder(TrainerCallback):
@@ -50,7 +46,7 @@ class Recorder(TrainerCallback):
         self.tokens: list[Any] = []
         self.samples: list[Any] = []
         self.clocks: dict[str, list[float]] = {"wall": [], "processor": []}
-        self.seconds, self.mark = dict.fromkeys(self.clocks, 0.0), now()
+        self.seconds, self.mark = dict.fromkeys(self.clocks, 0.0), clocks()
         self.begin: dict[str, Any] = {}
 
     def attach(self, trainer: MultiTeacherKVTrainer) -> None:
@@ -72,7 +68,7 @@ class Recorder(TrainerCallback):
 
         trainer.get_batch_samples = recorded  # type: ignore[method-assign]
         trainer.add_callback(self)
-        self.mark = now()
+        self.mark = clocks()
 
     @property
     def kept(self) -> Path:
@@ -88,22 +84,22 @@ class Recorder(TrainerCallback):
             self.tokens, self.samples = saved["tokens"][:done], saved["samples"][:done]
             self.clocks = {name: each[:done] for name, each in saved["clocks"].items()}
             self.seconds = {name: each[-1] for name, each in self.clocks.items()}
-        self.mark = now()
+        self.mark = clocks()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
-        then, self.mark = self.mark, now()
+        then, self.mark = self.mark, clocks()
         for name, clock in self.clocks.items():
             self.seconds[name] += self.mark[name] - then[name]
             clock.append(round(self.seconds[name], 4))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
-        self.mark = now()
+        self.mark = clocks()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **k: Any) -> None:
         rows = [[batch.tolist() for batch in step] for step in self.rows]
         counts = {name: [float(n or 0) for n in getattr(self, name)] for name in ("tokens", "samples")}
         write_text(self.kept, json.dumps({"rows": rows, **counts, "clocks": self.clocks}))
-        self.mark = now()
+        self.mark = clocks()
 
     def order(self) -> str:
         """A hash of the row numbers in the order in which they were trained on, over all ranks."""

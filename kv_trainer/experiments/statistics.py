@@ -132,8 +132,10 @@ def verdict(
     ours: Sequence[float], theirs: Sequence[float], metric: str, p: float | None, rule: VerdictRule,
     interval: tuple[float, float] | None = None,
 ) -> str:  # fmt: skip
-    """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said. interval: of the
-    difference."""
+    """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said.
+
+    interval: of the difference, over seeds and test items; None where there is none.
+    """
     if len(ours) < FEWEST:
         return f"none: fewer than {FEWEST} seeds"
     better = points(ours, theirs, metric)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..arguments import Recipe, StoreConfig
 from ..files import write_text
 from ..fusion import method_of
 from ..manifest import differences, tokenizer_hash
+from ..profiling import clocks
 from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
 from .shards import FORMAT, RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
@@ -68,16 +68,14 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     spent = {name: then - began[name] for name, then in clocks().items()}
     pace = pace_of_ranks([(made, spent)] if trainer.args.world_size == 1 else gather_object([(made, spent)]))
     trainer.accelerator.wait_for_everyone()
-    record = finish(trainer, folder, {**begun, "seconds_a_row": pace or pace_of(folder)})
+    pace = pace or pace_of(folder)
+    record = finish(trainer, folder, {**begun, "seconds_a_row": pace})
+    took = "" if pace is None else f"; {pace['wall']:.2f} s a row, {pace['processor']:.2f} of them the processor's"
     console.print(
         f"{folder}: {record['bytes'] / 1e6:,.1f} MB, {record['share_of_raw']:.1%} of the teachers' own keys and values "
-        f"in float16; error {record['relative_error']:.2%} of their size"
+        f"in float16; error {record['relative_error']:.2%} of their size{took}"
     )
     return record
-
-
-def clocks() -> dict[str, float]:
-    return {"wall": time.monotonic(), "processor": time.process_time() / torch.get_num_threads()}
 
 
 def pace_of_ranks(told: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float] | None:

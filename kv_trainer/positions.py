@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments import TimeAlignment
-from ..examples import Example
-from ..text import Encoded
-from .time import linear_indices, segment_indices
-from .tokens import ANSWER, BOS, NONE, REASONING, Span, span_index
+from .alignment.time import linear_indices, segment_indices
+from .alignment.tokens import ANSWER, BOS, NONE, REASONING, Span, span_index
+from .arguments import TimeAlignment
+from .examples import Example
+from .text import Encoded
 
 SEGMENT_TEXT = {REASONING: lambda example: example.reasoning, ANSWER: lambda example: example.answer}
 
