@@ -156,7 +156,11 @@ class TeacherProjectors(nn.Module):
 
     def standard(self, x: Tensor, part: int, layer: int) -> Tensor:
         """One [B, H, T, D] of keys (part 0) or values (1) of a student layer, standardised."""
-        return (x - self.mean[part, layer, ..., : x.shape[-1]]) / self.scale[part, layer, ..., : x.shape[-1]]
+        return (x - self.mean[part, layer, ..., : x.shape[-1]]) / self.deviation(part, layer, x.shape[-1])
+
+    def deviation(self, part: int, layer: int, width: int) -> Tensor:
+        """[H, 1, D]: the calibrated deviation of the first `width` channels of a student layer's keys, or values."""
+        return self.scale[part, layer, ..., :width]
 
     @torch.no_grad()
     def calibrate(self, batches: list[KVStates]) -> None:

@@ -13,18 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 from ..alignment.heads import TeacherProjectors
 from ..types import KVStates
-from .base import LayerwiseLoss, LossInputs, chosen_layers, heard, layer_weights, masked_mean
+from .base import LayerwiseLoss, LossInputs, chosen_layers, heard, layer_weights
 
 Pair = tuple[Tensor, Tensor]
 Metric = Literal["mse", "smooth_l1", "l1", "cosine"]
 
 
-def distance(x: Tensor, y: Tensor, metric: Metric) -> Tensor:
-    """Elementwise distance of two [B, H, T, D] tensors, averaged over H and D: [B, T]."""
+def distance(x: Tensor, y: Tensor, scale: Tensor, metric: Metric) -> Tensor:
+    """Elementwise distance of two [B, H, T, D] tensors in units of `scale`, averaged over H and D: [B, T].
+
+    Angles have no unit: `scale` is not read for "cosine".
+    """
     if metric == "cosine":
         return 1 - F.cosine_similarity(x.transpose(1, 2).flatten(2), y.transpose(1, 2).flatten(2), dim=-1)
     function = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[metric]
-    gap = x - y  # all that is kept for the backward pass, where x and y would be two
+    gap = (x - y) / scale  # all that is kept for the backward pass, where x and y would be two
     return function(gap, gap.new_zeros(()).expand_as(gap), reduction="none").mean((1, 3))
 
 
@@ -33,10 +36,12 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
     One position, or equal ones, have no spread but rounding: there it is the root mean square.
     """
-    where = mask[:, None, :, None]
-    centre = masked_mean(x, where, (2,)).unsqueeze(2)
-    variance = masked_mean((x - centre).square(), where, (1, 2, 3))
-    size = masked_mean(x.square(), where, (1, 2, 3))
+    where, count = mask[:, None, :, None], mask.sum(1).clamp_min(1)
+    x = x * where
+    centred = (x - x.sum(2, keepdim=True) / count[:, None, None, None]).mul_(where)
+    size, variance = (
+        torch.linalg.vector_norm(y, dim=(1, 2, 3)).square() / (count * x.shape[1] * x.shape[3]) for y in (x, centred)
+    )
     return torch.where(variance > 1e-6 * size, variance, size).clamp_min(1e-12).sqrt()[:, None, None, None]
 
 
@@ -77,24 +82,34 @@ class KVLoss(LayerwiseLoss):
         layers = chosen_layers(self.layers, len(student))
         shares = layer_weights(inputs.weights, layers)
         for weight, (name, teacher) in zip(shares, inputs.teachers.items(), strict=True):
-            where, said = self.position_weights(inputs, teacher.mask), pairs(teacher)
-            each = [
-                self._once(inputs, self._through, inputs.projectors[name], i, student[i], said[i], teacher.mask, where)
-                for i in layers
-            ]
+            where, said, maps = self.position_weights(inputs, teacher.mask), pairs(teacher), inputs.projectors[name]
+            each = []
+            for i in layers:
+                units = self._units(maps, i, said[i], teacher.mask)
+                each.append(self._once(inputs, self._through, maps, i, student[i], said[i], units, where))
             total = total + weight * torch.stack(each)
         return total
 
+    @torch.no_grad()
+    def _units(self, projectors: TeacherProjectors, layer: int, theirs: Pair, mask: Tensor) -> Pair:
+        """What one of keys, and of values, is measured in: the calibrated units of the teacher's channels, so that a
+        few loud ones are not all, times the spread of its states in these."""
+        deviations = [projectors.deviation(part, layer, x.shape[-1]) for part, x in enumerate(theirs)]
+        keys, values = (unit * spread(x.float() / unit, mask) for unit, x in zip(deviations, theirs, strict=True))
+        return keys, values
+
     def _through(
-        self, projectors: TeacherProjectors, layer: int, ours: Pair, theirs: Pair, mask: Tensor, where: Tensor
+        self, projectors: TeacherProjectors, layer: int, ours: Pair, theirs: Pair, units: Pair, where: Tensor
     ) -> Tensor:
         """[B]: one student layer mapped to one teacher's shape, against that teacher."""
         maps = (projectors.keys[layer], projectors.values[layer])
-        # Both sides in the calibrated units of the teacher's channels: a few loud channels must not be all.
-        projected = [projectors.standard(f(x), part, layer) for part, (f, x) in enumerate(zip(maps, ours))]
-        with torch.no_grad():
-            target = [projectors.standard(x, part, layer) for part, x in enumerate(theirs)]
-        return self._compare(projected, target, mask, where)
+        projected = [f(x) for f, x in zip(maps, ours, strict=True)]
+        if self.metric == "cosine":  # in a difference the mean of a channel is gone, in an angle it is not
+            projected, fixed = (
+                [projectors.standard(x, part, layer) for part, x in enumerate(side)] for side in (projected, theirs)
+            )
+            return self._compare(projected, fixed, units, where)
+        return self._compare(projected, theirs, units, where)
 
     def _to_student(self, inputs: LossInputs) -> Tensor:
         """[L, B] of the chosen layers, against one fused target."""
@@ -118,7 +133,8 @@ class KVLoss(LayerwiseLoss):
         mask = (share > 0).any(0)
         targets = (self._mapped(inputs, part, layer) for part in ("keys", "values"))
         fused = [self._fuse(x, part, share, inputs) for x, part in zip(ours, targets, strict=True)]
-        return self._compare(ours, fused, mask, self.position_weights(inputs, mask))
+        units = [spread(y.detach().float(), mask) for y in fused]
+        return self._compare(ours, fused, units, self.position_weights(inputs, mask))
 
     def _mapped(self, inputs: LossInputs, part: str, layer: int) -> Iterator[Tensor]:
         """Every teacher's keys, or values, of a student layer in the student's shape, one teacher at a time."""
@@ -137,13 +153,13 @@ class KVLoss(LayerwiseLoss):
             total = total + weight * target
         return total / mixed.sum(0).clamp_min(1e-12)
 
-    def _compare(self, ours: Sequence[Tensor], target: Sequence[Tensor], mask: Tensor, where: Tensor) -> Tensor:
-        """Mean over positions (weighted by `where` [B, T]) of keys and values: [B]."""
+    def _compare(
+        self, ours: Sequence[Tensor], target: Sequence[Tensor], units: Sequence[Tensor], where: Tensor
+    ) -> Tensor:
+        """Mean over positions (weighted by `where` [B, T]) of keys and values, in their units: [B]."""
         terms = []
-        for x, y in zip(ours, target, strict=True):
-            x, y = x.float(), y.float()
-            scale = 1.0 if self.metric == "cosine" else spread(y.detach(), mask)
-            distances = distance(x / scale, y / scale, self.metric)
+        for x, y, unit in zip(ours, target, units, strict=True):
+            distances = distance(x.float(), y.float(), unit, self.metric)
             terms.append((distances * where).sum(1) / where.sum(1).clamp_min(1))
         return torch.stack(terms).mean(0)
 
