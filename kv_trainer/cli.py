@@ -60,6 +60,7 @@ examples:
   kv-trainer compare recipes/quickstart/experiment.yaml
   kv-trainer compare recipes/quickstart/experiment.yaml --arms two_routed shuffled_rows --seeds 1 2 3
   kv-trainer compare recipes/quickstart/experiment.yaml --report-only
+  kv-trainer compare recipes/quickstart/experiments/losses.yaml --runs-from docs/results/losses/runs.zip
 """
 
 EXPORT = """MODEL is the output_dir of a run, or any causal LM. onnx: one float32 graph of any batch and length that
@@ -131,6 +132,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these, and what they are compared with")
     sub.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="instead of those of the file")
     sub.add_argument("--report-only", action="store_true", help="run nothing: report what is finished")
+    sub.add_argument(
+        "--runs-from", nargs="+", default=[], metavar="PLACE",
+        help="take finished runs of the same settings from other experiments' output_dir, or from runs.zip",
+    )  # fmt: skip
     sub = command(export, "Write a trained student in a form that serves it.", EXPORT)
     sub.add_argument("model", metavar="MODEL", help="a hub name or a folder")
     sub.add_argument("--format", required=True, choices=["onnx", "merged"], help="what to write")

@@ -83,10 +83,14 @@ def diagnose(options: argparse.Namespace, overrides: list[str]) -> int:
 def compare(options: argparse.Namespace, overrides: list[str]) -> int:
     """The runs of an experiment, and its report; the recipe's settings are in the file, for every arm."""
     refuse(overrides, "an experiment")
+    if options.report_only and options.runs_from:
+        raise ValueError("--runs-from takes runs, and --report-only reports those that are there; leave one out.")
     from .experiments.compare import compare as run_compare
 
     try:
-        run_compare(options.experiment, options.quick, options.arms, options.seeds, options.report_only)
+        run_compare(
+            options.experiment, options.quick, options.arms, options.seeds, options.report_only, options.runs_from
+        )
     except KeyboardInterrupt:
         print("kv-trainer: stopped; the same command goes on with what is not finished", file=sys.stderr)
         return 130

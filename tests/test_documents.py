@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.shared import finished
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -60,6 +61,19 @@ def test_a_published_study_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatc
     for values in found["arms"].values():
         assert all(len(each) == len(found["seeds"]) for each in values.values())
     assert "report.md" in (folder / "README.md").read_text()
+
+
+ARCHIVES = sorted(RESULTS.glob("*/runs.zip"))
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.parent.name)
+def test_the_runs_of_a_published_study_are_those_of_its_results(archive: Path) -> None:
+    found = json.loads((archive.parent / "results.json").read_text())
+    records = {path.parent.name: json.loads(path.read_text()) for path in finished(str(archive))}
+    assert set(records) == {f"{arm}-{seed}" for arm in found["arms"] for seed in found["seeds"]}
+    for arm, metrics in found["arms"].items():
+        for metric, values in metrics.items():
+            assert values == [records[f"{arm}-{seed}"]["metrics"][metric] for seed in found["seeds"]]
 
 
 def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Publish a finished experiment, and keep every figure in the documents what its results say.
 
-python docs/results/publish.py EXPERIMENT.yaml NAME [--seeds 1 2 3]   # its report into docs/results/NAME/, then:
+python docs/results/publish.py EXPERIMENT.yaml NAME [--seeds 1 2 3]   # report and runs into docs/results/NAME/, then:
 python docs/results/publish.py                                        # all documents
 
 A document takes a figure from docs/results/NAME/results.json between two comments, which a reader does not see:
@@ -21,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kv_trainer.experiments.archive import pack
 from kv_trainer.experiments.experiment import load_experiment
+from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.statistics import mean, std
 from kv_trainer.experiments.words import figure_of, p_words, percent, spread_of, unit
 from kv_trainer.files import write_text
@@ -29,6 +31,7 @@ from kv_trainer.files import write_text
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parents[1]
 PARTS = ("report.md", "results.json", "commands.sh")
+ARCHIVE = "runs.zip"
 FIGURE = re.compile(
     r"<!-- (?P<name>[\w-]+) (?P<arm>\w+)(?:-(?P<other>\w+))? (?P<metric>\w+)(?: (?P<form>\w+))? -->.*?<!-- / -->"
 )
@@ -74,18 +77,20 @@ def documents() -> list[Path]:
 
 
 def publish(experiment: str, name: str, seeds: list[str]) -> None:
-    """The report, remade from the finished runs; ValueError where some are not."""
+    """The report, remade from the finished runs, and these; ValueError where some are not."""
     chosen = ["--seeds", *seeds] if seeds else []
     subprocess.run([sys.executable, "-m", "kv_trainer", "compare", experiment, "--report-only", *chosen], check=True)
-    report, target = Path(load_experiment(experiment).output_dir) / "report", RESULTS / name
-    missing = json.loads((report / "results.json").read_text(encoding="utf-8"))["missing"]
-    if missing:
-        raise ValueError(f"{experiment} is not finished: {', '.join(missing)}; run it, or give --seeds.")
+    loaded = load_experiment(experiment)
+    report, target = Path(loaded.output_dir) / "report", RESULTS / name
+    found = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    if found["missing"]:
+        raise ValueError(f"{experiment} is not finished: {', '.join(found['missing'])}; run it, or give --seeds.")
     target.mkdir(exist_ok=True)
     for part in PARTS:
         shutil.copyfile(report / part, target / part)
     shutil.rmtree(target / "figures", ignore_errors=True)
     shutil.copytree(report / "figures", target / "figures")
+    pack([Job(loaded, arm, seed) for arm in found["arms"] for seed in found["seeds"]], target / ARCHIVE)
 
 
 def main() -> None:

@@ -26,15 +26,18 @@ from .words import figure_of, finding_of, p_words, percent
 
 def compare(
     path: str, quick: bool = False, arms: Sequence[str] = (), seeds: Sequence[int] = (), report_only: bool = False,
-    console: Console | None = None,
+    runs_from: Sequence[str] = (), console: Console | None = None,
 ) -> Study:  # fmt: skip
     """Run what is not finished of an experiment, and write its report. Returns what was found.
 
     arms, seeds: run only these; the arm that all are compared with always runs. The report has all arms that are
-    finished. ValueError where runs fail, after the others, or where nothing can be reported.
+    finished. runs_from: besides those of the file. ValueError where runs fail, after the others, or where nothing can
+    be reported.
     """
     console = console or Console()
     experiment = load_experiment(path, quick)
+    experiment.runs_from += runs_from
+    experiment.check_launcher()
     chosen = experiment.needed(choose(experiment, arms))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds is {', '.join(map(str, seeds))}; name each seed once.")

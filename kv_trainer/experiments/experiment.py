@@ -108,7 +108,8 @@ class Experiment:
         default="wall", metadata={"help": "Seconds of the wall, or of processor time, where others compute too."}
     )
     runs_from: list[str] = field(
-        default_factory=list, metadata={"help": "Other experiments' output_dir: their runs of the same settings count."}
+        default_factory=list,
+        metadata={"help": "Other experiments' output_dir, or a published runs.zip: runs of the same settings count."},
     )
     launcher: list[str] = field(default_factory=list, metadata={"help": "Such as [accelerate, launch]."})
     verdict: VerdictRule = field(default_factory=VerdictRule)
@@ -125,10 +126,13 @@ class Experiment:
             raise ValueError(f"processes is {self.processes}; give 1 or more.")
         if self.processes > 1 and any(Path(word).name in TAKE_ALL for word in self.launcher):
             raise ValueError("processes and launcher: each launched run would take all devices; set processes: 1.")
-        if self.runs_from and self.launcher:
-            raise ValueError("runs_from has no use with a launcher: other runs were not launched so. Leave one out.")
+        self.check_launcher()
         if not self.metrics:
             raise ValueError("metrics is empty; name one or more, such as accuracy.")
+
+    def check_launcher(self) -> None:
+        if self.runs_from and self.launcher:
+            raise ValueError("runs_from has no use with a launcher: other runs were not launched so. Leave one out.")
 
     def compared_with(self, name: str) -> str:
         return self.arms[name].against or self.against

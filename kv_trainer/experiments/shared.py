@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..files import write_text
+from .archive import runs_in
 from .jobs import LOG, RECORD, Job
 
 TAKEN = "taken_from"  # in the record: the run that was copied
@@ -28,17 +29,17 @@ def take_finished(job: Job) -> bool:
     if job.experiment.arms[job.arm].seconds_of is not None or begun:
         return False
     wanted = without_place(yaml.safe_load(job.recipe_text()))
-    for folder in job.experiment.runs_from:
-        for path in finished(folder, job.seed):
+    for place in job.experiment.runs_from:
+        for path in finished(place, job.seed):
             if settings(path) == wanted and json.loads(path.read_text(encoding="utf-8")).get("processes", 1) == 1:
-                copy(path.parent, job)
+                copy(path.parent, job, f"{place}/{path.parent.name}")
                 return True
     return False
 
 
-def finished(folder: str, seed: int | str = "*") -> list[Path]:
-    """The records of the finished runs of an experiment."""
-    return sorted(Path(folder).glob(f"*-{seed}/{RECORD}"))
+def finished(place: str, seed: int | str = "*") -> list[Path]:
+    """The records of the finished runs of an experiment: in its folder, or in an archive."""
+    return sorted(runs_in(place).glob(f"*-{seed}/{RECORD}"))
 
 
 def settings(record: Path) -> dict[str, Any] | None:
@@ -54,14 +55,14 @@ def without_place(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "training": {k: v for k, v in recipe["training"].items() if k != "output_dir"}}
 
 
-def copy(found: Path, job: Job) -> None:
-    """Whole or not at all; the copy says where it is from."""
+def copy(found: Path, job: Job, name: str) -> None:
+    """Whole or not at all; the copy says where it is from: `name`."""
     target = job.folder
     beside = target.with_name(f".{target.name}-taken")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(found, beside, ignore=shutil.ignore_patterns(*LEFT))
     record = json.loads((found / RECORD).read_text(encoding="utf-8"))
     write_text(beside / "recipe.yaml", job.recipe_text())
-    write_text(beside / RECORD, json.dumps({TAKEN: found.as_posix(), **record}) + "\n")
+    write_text(beside / RECORD, json.dumps({TAKEN: name, **record}) + "\n")
     shutil.rmtree(target, ignore_errors=True)  # at most a log
     os.replace(beside, target)

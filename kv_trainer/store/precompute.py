@@ -70,7 +70,7 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     pace = pace or pace_of(folder)
     record = finish(trainer, folder, {**begun, "seconds_a_row": pace})
-    took = "" if pace is None else f"; {pace['wall']:.2f} s a row, {pace['processor']:.2f} of them the processor's"
+    took = "" if pace is None else f"; {pace['wall']:.3g} s a row, {pace['processor']:.3g} of them the processor's"
     console.print(
         f"{folder}: {record['bytes'] / 1e6:,.1f} MB, {record['share_of_raw']:.1%} of the teachers' own keys and values "
         f"in float16; error {record['relative_error']:.2%} of their size{took}"

@@ -129,6 +129,11 @@ def test_validate_takes_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert "arms.ce in bad.yaml, line 6" in err
 
 
+def test_a_report_alone_takes_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "e.yaml", "--report-only", "--runs-from", "runs.zip"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
 def test_compare_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "e.yaml", "--training.max_steps", "3"]) == 2
     assert "put them under overrides or arms" in capsys.readouterr().err

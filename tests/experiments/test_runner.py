@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from kv_trainer.experiments.archive import pack, runs_in
 from kv_trainer.experiments.compare import others_finished
 from kv_trainer.experiments.experiment import Experiment, load_experiment
 from kv_trainer.experiments.jobs import Job
@@ -131,6 +133,34 @@ def test_a_begun_run_stays_and_one_that_cannot_be_read_is_passed_by(monkeypatch:
     (job.folder / "checkpoint-5").rmdir()
     (job.folder / "log.txt").write_text("failed")
     assert take_finished(job) and read(job.folder) == {"taken_from": "other/good-1"}
+
+
+def test_runs_are_taken_from_an_archive_of_another_checkout() -> None:
+    one = runner("{ce: {}, other: {}}")
+    one.run(jobs(one))
+    (Job(one.experiment, "ce", 1).folder / "model.safetensors").write_text("weights stay where they are")
+    pack(jobs(one), Path("runs.zip"))
+    first = Path("runs.zip").read_bytes()
+    pack(reversed(jobs(one)), Path("runs.zip"))
+    assert Path("runs.zip").read_bytes() == first, "the same runs are the same file"
+    again = runner("{ce: {}}")
+    again.experiment.output_dir, again.experiment.launcher = "elsewhere", []
+    again.experiment.runs_from = ["runs.zip"]
+    assert again.run(jobs(again)) == {} and Path("log").read_text().count("\n") == 4
+    assert again.records["ce", 2]["taken_from"] == "runs.zip/ce-2"
+    assert sorted(p.name for p in Path("elsewhere/ce-1").iterdir()) == ["arm.json", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", ["../arm.json", "/ce-1/arm.json", "ce-1/../../arm.json", "..x/arm.json", "ce-1/a.pkl"])
+def test_an_archive_writes_nowhere_else(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("ce-1/arm.json", "{}")
+        archive.writestr(name, "{}")
+    with pytest.raises(ValueError, match="no part of a run"):
+        runs_in(str(tmp_path / "bad.zip"))
+    (tmp_path / "text.zip").write_text("no archive")
+    with pytest.raises(ValueError, match="neither a folder nor an archive"):
+        runs_in(str(tmp_path / "text.zip"))
 
 
 def read(folder: Path) -> dict | None:

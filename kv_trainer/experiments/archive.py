@@ -1,0 +1,56 @@
+"""The finished runs of an experiment in one file, for others to add arms and seeds to without running them again."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..callbacks import METRICS_FILE
+from ..files import beside
+from ..run import PREDICTIONS
+from .jobs import RECORD, Job
+
+KEPT = (RECORD, "recipe.yaml", "config.json", "routing.json", METRICS_FILE, PREDICTIONS)
+MEMBER = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]*/({'|'.join(map(re.escape, KEPT))})")
+LARGEST = 64 * 2**20  # bytes of one member: more is no record of a run
+SAME_DATE = (1980, 1, 1, 0, 0, 0)  # the same runs give the same file
+
+
+def pack(jobs: Iterable[Job], target: Path) -> None:
+    """Write what reports need of finished runs, `KEPT`, as ARM-SEED/FILE into a zip; no weights. It appears whole."""
+    with beside(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
+        for folder in sorted(job.folder for job in jobs):
+            for path in (folder / name for name in KEPT):
+                if path.exists():
+                    info = zipfile.ZipInfo(f"{folder.name}/{path.name}", SAME_DATE)
+                    info.compress_type = zipfile.ZIP_LZMA
+                    archive.writestr(info, path.read_bytes())
+
+
+def runs_in(place: str) -> Path:
+    """The folder with the runs of `place`: itself, or where an archive has been unpacked until this process ends.
+
+    ValueError for an archive that holds anything else.
+    """
+    return Path(unpacked(place).name) if Path(place).is_file() else Path(place)
+
+
+@cache
+def unpacked(place: str) -> TemporaryDirectory[str]:
+    found = TemporaryDirectory(prefix="kv_trainer-runs-")
+    try:
+        with zipfile.ZipFile(place) as archive:
+            for member in archive.infolist():
+                if not MEMBER.fullmatch(member.filename) or member.file_size > LARGEST:
+                    raise ValueError(
+                        f"runs_from: {place} holds '{member.filename}', which is no part of a run; such a file has "
+                        f"ARM-SEED/ and one of {', '.join(KEPT)}."
+                    )
+            archive.extractall(found.name)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"runs_from: {place} is neither a folder nor an archive of runs: {error}.") from error
+    return found
