@@ -196,8 +196,11 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.num_proc is not None and self.num_proc < 1:
-            raise ValueError(f"num_proc is {self.num_proc}; give 1 or more, or leave it out.")
+        for name in ("num_proc", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more, or leave it out.")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a row needs 2 tokens for one to be learned.")
 
 
 @dataclass
@@ -222,6 +225,9 @@ class EvaluationConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; give more than 0, or do_sample: false for the best.")
         if not 0 < self.top_p <= 1:

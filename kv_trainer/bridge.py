@@ -63,8 +63,8 @@ class KVBridge(nn.Module):
     """Maps every teacher to the student, and adds the losses.
 
     student, teachers: the models' shapes. args: losses, alignment, projector, fusion and control sections.
-    given: each teacher's fixed fusion weight. After a supervised forward, `terms` holds the detached raw losses and
-    `weights` the teachers' shares, [M, B] or [M, L, B].
+    given: each teacher's fixed fusion weight. After a supervised forward, `terms` holds the detached raw losses,
+    `weights` the teachers' shares, [M, B] or [M, L, B], and `heard` a sum of what each teacher said.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class KVBridge(nn.Module):
     ) -> None:
         super().__init__()
         self.losses: dict[str, DistillationLoss] = {n: loss for n, loss in args.losses.items() if loss.active}
+        if not self.losses:
+            raise ValueError("No loss has a weight, so nothing would be learned; give one of losses a weight above 0.")
         self.requires = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.fusion: Any = args.fusion
         self.control, self.seed = args.control, args.seed
@@ -116,6 +118,7 @@ class KVBridge(nn.Module):
         self.heads: dict[str, tuple[Head, Tensor | None, Tensor | None]] = {}
         self.terms: dict[str, Tensor] = {}
         self.weights: Tensor | None = None
+        self.heard: dict[str, Tensor] = {}
         self._given: Supervision | None = None
         self._capture: KVCapture | None = None
         self._states: KVStates | None = None
@@ -240,6 +243,7 @@ class KVBridge(nn.Module):
         with part("fusion"):
             inputs = self.inputs(given, logits, student)
         self.weights = None if inputs.weights is None else inputs.weights.detach()
+        self.heard = heard_of(given, inputs)
         terms = {}
         for name, loss in self.losses.items():
             with part(f"losses.{name}"):
@@ -315,6 +319,22 @@ class KVBridge(nn.Module):
         if "student_attention" in self.requires:
             inputs.attention = {n: a.attention for n, a in aligned.items() if a.attention is not None}
             inputs.attention["student"] = rotated_pairs(student)
+
+
+@torch.no_grad()
+def heard_of(given: Supervision, inputs: LossInputs) -> dict[str, Tensor]:
+    """Per teacher a scalar that is finite only where its likelihoods and the states of its last mapped layer are.
+
+    What is broken in a transformer breaks all layers above. A loss may not show it: shares that are NaN count for none.
+    """
+    found = {}
+    for name, kv in inputs.teachers.items():
+        last = [states[-1].float() for states in (kv.keys, kv.values) if states]
+        parts = [x.masked_fill(~kv.mask[:, None, :, None], 0).sum() for x in last]
+        nll = given.signals[name].nll
+        parts += [] if nll is None else [nll.float().sum()]
+        found[name] = torch.stack(parts).sum() if parts else inputs.labels.new_zeros((), dtype=torch.float32)
+    return found
 
 
 def check_layers(name: str, loss: DistillationLoss, count: int) -> None:

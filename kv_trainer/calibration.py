@@ -83,7 +83,14 @@ class Calibration:
             said: list[Any] = [t.signal(batch["teachers"][n]) for n, t in self.teachers.items()]
             nll = torch.stack([signal.nll for signal in said])
             found.append(nll / (batch["labels"] != -100).sum(1).clamp_min(1))
-        return torch.cat(found, dim=1)
+        scores = torch.cat(found, dim=1)
+        for name, each in zip(self.teachers, scores, strict=True):
+            if each.isnan().any():
+                raise ValueError(
+                    f"Teacher '{name}' gives {int(each.isnan().sum())} of {len(each)} calibration rows a likelihood "
+                    "that is not a number; load it in bfloat16 or float32, and look whether its checkpoint is whole."
+                )
+        return scores
 
     def task_likelihoods(self, samples: int) -> Tensor:
         """[M, tasks]: the mean of the first `samples` rows of each task."""

@@ -10,7 +10,8 @@ from dataclasses import replace
 from datasets import Dataset
 
 from .arguments import DataConfig, MultiTeacherKVConfig
-from .data import Reader, encode_rows
+from .data import EVALUATED, Reader, encode_rows
+from .evaluation import check_prompts
 from .store.teacher import StoredTeacher
 
 
@@ -27,6 +28,16 @@ def encoding_first(args: MultiTeacherKVConfig, rows: Dataset) -> Iterator[DataCo
     first = args.main_process_first(desc="encoding rows") if data.num_proc and there else nullcontext()
     with first:
         yield data
+
+
+def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader) -> Dataset:
+    """As `encoded`, for the student alone, and with what an answer is generated from."""
+    if "input_ids" in rows.column_names:
+        return rows
+    with encoding_first(args, rows) as data:
+        rows = encode_rows(rows, reader, {}, data, keep=EVALUATED)
+    check_prompts(rows, args.evaluation)
+    return rows
 
 
 def encoded(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_method
 from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, StudentConfig, TeacherConfig
 from .capture import count_parameters
 from .data import Reader
+from .losses import DistillationLoss
 from .model_checks import tokens_of_text
 from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .teachers import Teacher
@@ -22,6 +24,24 @@ from .teachers import Teacher
 logger = logging.getLogger(__name__)
 Loadable = str | PreTrainedModel | ModelConfig
 CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are recomputed, unless told otherwise
+
+
+def check_given(args: Any, teachers: Any, rows: Any) -> None:
+    """ValueError for what the trainer cannot take, before anything is loaded."""
+    def kind(x: Any) -> str:
+        return type(x).__name__
+
+    if not isinstance(args, MultiTeacherKVConfig):
+        raise ValueError(f"args is a {kind(args)}; give MultiTeacherKVConfig, which has TrainingArguments' fields too.")
+    if teachers is not None and not isinstance(teachers, Mapping):
+        raise ValueError(f"teachers is a {kind(teachers)}; give a dict from a name to a model.")
+    if not isinstance(args.losses, Mapping):
+        raise ValueError(f"losses is a {kind(args.losses)}; give a dict such as {{'kv_relation': KVRelationLoss()}}.")
+    for name, loss in args.losses.items():
+        if not isinstance(loss, DistillationLoss):
+            raise ValueError(f"losses['{name}'] is {loss!r}; give one of kv_trainer.losses, such as KVRelationLoss().")
+    if rows is not None and not isinstance(rows, Dataset | IterableDataset):  # a streamed one has its own error
+        raise ValueError(f"train_dataset is a {kind(rows)}; give a datasets.Dataset, such as Dataset.from_list(rows).")
 
 
 def resolve_student(
@@ -39,6 +59,12 @@ def resolve_student(
     if tokenizer is None:
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
     reader = tokenizer if isinstance(tokenizer, Reader) else Reader(tokenizer)
+    known, needed = config.config.get_text_config().vocab_size, tokens_of_text(reader.tokenizer)
+    if known < needed:
+        raise ValueError(
+            f"The student knows {known} tokens, its tokenizer {needed}; give its own as processing_class, or call "
+            "resize_token_embeddings."
+        )
     adapters: Any = getattr(config, "active_peft_config", None)
     if adapters is not None:
         check_method(adapters)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import transformers
+import yaml
 from rich.console import Console
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -21,8 +22,9 @@ from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
 from .files import write_text
-from .manifest import STATE_FILE, last_whole
+from .manifest import STATE_FILE, differences, last_whole
 from .models import load_tokenizer, same_tokenizer, stop_where_taught
+from .quick import SUFFIX
 from .recipes import dump_recipe
 from .store.teacher import StoredTeacher
 from .text import turn_end
@@ -30,7 +32,7 @@ from .trainer import MultiTeacherKVTrainer
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS, RESULTS = "predictions.jsonl", "all_results.json"
 
 
 def build_trainer(recipe: Recipe) -> MultiTeacherKVTrainer:
@@ -55,8 +57,11 @@ def side_job(recipe: Recipe) -> Recipe:
     return replace(recipe, args=args)
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError if an earlier run has left checkpoints: a new one would delete them, or --resume go on with them."""
+def check_folder(folder: Path, asked: str) -> None:
+    """ValueError if an earlier run has left what a new one would overwrite, or --resume go on with.
+
+    asked: the recipe of the new one. The same settings give the same run again, and those of --quick are trials.
+    """
     found, _ = last_whole(folder)
     if found is not None:
         raise ValueError(
@@ -69,6 +74,15 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {', '.join(weights)} of an earlier run, which cannot be resumed; give another "
             "training.output_dir, or remove them."
         )
+    saved = folder / "recipe.yaml"
+    if (folder / RESULTS).exists() and saved.exists() and not folder.name.endswith(SUFFIX):
+        texts = saved.read_text(encoding="utf-8"), asked
+        changed = differences(*map(yaml.safe_load, texts))
+        if changed:
+            raise ValueError(
+                f"{folder} holds a finished run of other settings ({'; '.join(changed[:3])}), which would be "
+                "overwritten; give another training.output_dir, or remove it."
+            )
 
 
 def train(
@@ -85,9 +99,9 @@ def train(
     if resume == "auto":
         resume = last_whole(folder)[0] is not None
     wanted = args.resume_from_checkpoint or resume
-    if not wanted:
-        check_folder(folder)
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
+    if not wanted:
+        check_folder(folder, asked)
     trainer = build_trainer(recipe)
     trainer.recipe, trainer.recipe_text = recipe, asked
     if watch is not None:
@@ -110,7 +124,7 @@ def train(
         results.update(trainer.evaluate())
     trainer.save_state()
     if main:
-        write_text(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+        write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
         if trainer.predictions:
             write_predictions(folder / PREDICTIONS, trainer.predictions)
         trainer.routing.save(folder)

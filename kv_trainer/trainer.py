@@ -23,9 +23,9 @@ from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, Metr
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
-from .data import EVALUATED, KVCollator, Reader, aligned_share, encode_rows, task_names
-from .encoding import encoded, encoding_first
-from .evaluation import check_prompts, evaluate_rows
+from .data import KVCollator, Reader, aligned_share, task_names
+from .encoding import encoded, encoded_to_evaluate
+from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
 from .manifest import describe_run
@@ -38,6 +38,7 @@ from .publish import HubTrainer
 from .report import save_layer_match
 from .resolve import (
     Loadable,
+    check_given,
     checkpoint_large_student,
     numbered_rows,
     resolve_student,
@@ -78,14 +79,15 @@ class MultiTeacherKVTrainer(HubTrainer):
         teachers: Mapping[str, Any] | None = None,
         args: MultiTeacherKVConfig | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | Reader | None = None,
         data_collator: Callable[..., Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        args = args or MultiTeacherKVConfig()
+        args = MultiTeacherKVConfig() if args is None else args
+        check_given(args, teachers, train_dataset)
         set_seed(args.seed)  # before random students and projectors are drawn; Trainer does it again, too late
         self.recipe = recipe_of(model, teachers or {}, args, peft_config)
         args.remove_unused_columns = False
@@ -129,10 +131,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         stored = {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
         if train_dataset is not None:
             train_dataset = encoded(train_dataset, args, reader, readers, stored)
-        if eval_dataset is not None and "input_ids" not in eval_dataset.column_names:
-            with encoding_first(args, eval_dataset) as data:
-                eval_dataset = encode_rows(eval_dataset, reader, {}, data, keep=EVALUATED)
-            check_prompts(eval_dataset, args.evaluation)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: encoded_to_evaluate(rows, args, reader) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = encoded_to_evaluate(eval_dataset, args, reader)
         pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
         self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
         tasks = task_names(train_dataset) if train_dataset is not None else ()
@@ -235,7 +237,9 @@ class MultiTeacherKVTrainer(HubTrainer):
         with self.bridge.supervise(supervision), eager, part("student forward"):
             outputs = model(**text, use_cache=False)
         watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
-        self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states())
+        if self.bridge.weights is not None:  # one that is NaN counts for no position: no term would show it
+            watched["teachers' shares"] = self.bridge.weights.sum()
+        self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states(), self.bridge.heard)
         self.monitor.add(inputs.get("task"))
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -259,20 +263,22 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Perplexity and exact answers of the student alone; see evaluation.evaluate_model.
 
-        What it found of each row is kept in `predictions` until the next one.
+        What it found of each row is kept in `predictions` until the next one. Of several data sets by name, the metrics
+        are called eval_NAME_...
         """
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is nothing to evaluate: give eval_dataset.")
-        if isinstance(rows, Dataset) and "input_ids" not in rows.column_names:
-            with encoding_first(self.args, rows) as data:
-                rows = encode_rows(rows, self.reader, {}, data, keep=EVALUATED)
+        if isinstance(rows, dict):
+            each = (self.evaluate(some, ignore_keys, f"{metric_key_prefix}_{name}") for name, some in rows.items())
+            return {name: value for found in each for name, value in found.items()}
+        rows = encoded_to_evaluate(rows, self.args, self.reader)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         tokenizer = self.processing_class
@@ -283,6 +289,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any):
+        """Refused: it would return logits alone, of encoded rows."""
+        raise ValueError("Call evaluate() instead; what it finds of each row is in trainer.predictions.")
 
     # ---- projectors: their learning rate and calibration
 

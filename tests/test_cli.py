@@ -230,6 +230,17 @@ def test_a_folder_with_a_run_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_finished_run_is_not_overwritten_by_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the same settings would be the same again."""
+    train = ["train", "r.yaml", *ALONE, "--training.output_dir=out", "--training.use_cpu=true"]
+    train += ["--training.max_steps=1", "--training.save_strategy=no"]
+    assert run(capsys, *train)[0] == 0
+    before = Path("out/model.safetensors").read_bytes()
+    code, _, err = run(capsys, *train, "--training.learning_rate=1")
+    assert code == 2 and "out holds a finished run of other settings (training.learning_rate was" in err
+    assert Path("out/model.safetensors").read_bytes() == before and run(capsys, *train)[0] == 0
+
+
 def test_traceback_on_request() -> None:
     with pytest.raises(ValueError, match="does not exist"):
         main(["train", "none.yaml", "--traceback"])

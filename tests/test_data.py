@@ -699,6 +699,11 @@ def test_several_processes_encode_the_same_rows(tiny_tokenizer):
     alone, together = (encode_rows(rows, student, teachers, DataConfig(num_proc=n)) for n in (None, 2))
     assert alone.to_list() == together.to_list() and len(alone) == 5
     assert len(encode_rows(rows.select([0]), student, teachers, DataConfig(num_proc=8))) == 1
+    for name in ("max_train_samples", "max_eval_samples"):
+        with pytest.raises(ValueError, match=f"{name} is 0; give 1 or more"):
+            DataConfig(**{name: 0})
+    with pytest.raises(ValueError, match="max_length is 1; a row needs 2 tokens"):
+        DataConfig(max_length=1)
     with pytest.raises(ValueError, match="num_proc is 0; give 1 or more"):
         DataConfig(num_proc=0)
 

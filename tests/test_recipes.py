@@ -174,6 +174,8 @@ def test_unknown_keys(text: str, message: str) -> None:
         ),
         ("evaluation: {answer_pattern: 'a'}", "evaluation.answer_pattern in recipes/x.yaml, line 3 has no group"),
         ("evaluation: {answer_pattern: gsm8}", "last_number, auto. Did you mean 'gsm8k'?"),
+        ("evaluation: {max_new_tokens: 0}", "max_new_tokens is 0; give 1 or more."),
+        ("evaluation: {batch_size: -1}", "batch_size is -1; give 1 or more."),
         ("evaluation: {temperature: 0.5}", "temperature is 0.5, which has no effect without do_sample: true."),
         ("evaluation: {do_sample: true, temperature: 0.0}", "temperature is 0.0; give more than 0, or do_sample"),
         ("evaluation: {do_sample: true, top_p: 1.5}", "top_p is 1.5; give a share above 0 and up to 1"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +18,25 @@ ADVICE = "Nothing of this step was saved. Lower learning_rate, clip with max_gra
 
 
 class NonFiniteLoss(ValueError):
-    """A loss term, or a weight, is NaN or infinite."""
+    """A loss term, what a teacher says, or a weight, is NaN or infinite."""
 
 
 class Watched(NamedTuple):
-    """What is kept of one micro-batch until the end of its step: [terms] and [tensors of the student] numbers."""
+    """What is kept of one micro-batch until the end of its step: [terms and teachers] and [tensors of the student]
+    numbers."""
 
     names: list[str]
+    teachers: list[str]
     values: Tensor
     places: list[str]
     sums: Tensor
     rows: Sequence[int] | Tensor
 
 
-def watch(terms: dict[str, Tensor], rows: Sequence[int] | Tensor, student: KVStates | None) -> Watched:
+def watch(
+    terms: dict[str, Tensor], rows: Sequence[int] | Tensor, student: KVStates | None,
+    teachers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Watched:  # fmt: skip
     """Note one micro-batch without waiting for the device. A sum is finite only where all that was summed is."""
     places: list[str] = []
     tensors: list[Tensor] = []
@@ -43,18 +49,28 @@ def watch(terms: dict[str, Tensor], rows: Sequence[int] | Tensor, student: KVSta
             states |= {"hidden states": hidden[i + 1]} if hidden else {}
             places += [f"layer {layer} ({name})" for name in states]
             tensors += states.values()
-    values = torch.stack([term.detach().float() for term in terms.values()])
+    home = next(iter(terms.values())).device
+    values = torch.stack([value.detach().float().to(home) for value in (*terms.values(), *teachers.values())])
     # Wide enough that no sum of finite numbers overflows; on another device where a layer lives there.
-    sums = [t.detach().sum(dtype=torch.float32).to(values.device) for t in tensors]
-    return Watched(list(terms), values, places, torch.stack(sums) if sums else values.new_zeros(0), rows)
+    each = [t.detach().sum(dtype=torch.float32).to(home) for t in tensors]
+    sums = torch.stack(each) if each else values.new_zeros(0)
+    return Watched(list(terms), list(teachers), values, places, sums, rows)
 
 
 def complain(seen: Watched, step: int) -> NonFiniteLoss:
     """The error for a micro-batch that is known to be broken."""
-    bad = [f"{name} = {v:g}" for name, v in zip(seen.names, seen.values.tolist(), strict=True) if not math.isfinite(v)]
+    values = seen.values.tolist()
+    bad = [f"{name} = {v:g}" for name, v in zip(seen.names, values) if not math.isfinite(v)]
+    rows = seen.rows.tolist() if isinstance(seen.rows, Tensor) else list(seen.rows)
+    silent = [name for name, v in zip(seen.teachers, values[len(seen.names) :], strict=True) if not math.isfinite(v)]
+    if silent:
+        return NonFiniteLoss(
+            f"Step {step}: the keys, values or likelihoods of teacher '{silent[0]}' are not finite. Rows of the batch: "
+            f"{rows or 'unknown'}. Nothing of this step was saved. Load it in bfloat16 or float32 (teachers."
+            f"{silent[0]}.dtype), and look whether its checkpoint is whole."
+        )
     broken = (~seen.sums.isfinite()).nonzero()
     layer = seen.places[int(broken[0])] if len(broken) else "none"
-    rows = seen.rows.tolist() if isinstance(seen.rows, Tensor) else list(seen.rows)
     return NonFiniteLoss(
         f"Step {step}: the loss is not finite: {', '.join(bad)}. First layer of the student that is not finite: "
         f"{layer}. Rows of the batch: {rows or 'unknown'}. {ADVICE}, or look at these rows."
@@ -85,10 +101,11 @@ class FiniteGuard(TrainerCallback):
         self._seen: list[Watched] = []
 
     def watch(
-        self, terms: dict[str, Tensor], rows: Sequence[int] | Tensor = (), student: KVStates | None = None
-    ) -> None:
-        """Note a micro-batch of this step; see check_finite for what is what."""
-        self._seen.append(watch(terms, rows, student))
+        self, terms: dict[str, Tensor], rows: Sequence[int] | Tensor = (), student: KVStates | None = None,
+        teachers: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        """Note a micro-batch of this step; see check_finite. teachers: name -> a sum of what it said."""
+        self._seen.append(watch(terms, rows, student, teachers))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

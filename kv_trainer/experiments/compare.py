@@ -36,6 +36,9 @@ def compare(
     """
     console = console or Console()
     experiment = load_experiment(path, quick)
+    for place in runs_from:
+        if not finished(place):
+            raise ValueError(f"--runs-from {place}: there is no finished run; give an output_dir, or a runs.zip.")
     experiment.runs_from += runs_from
     experiment.check_launcher()
     chosen = experiment.needed(choose(experiment, arms))

@@ -20,6 +20,8 @@ SAME = {
     "initial": "first weights of the student", "train_rows": "training rows and labels", "eval_rows": "evaluation rows",
     "cross_entropy": "cross-entropy term",
 }  # fmt: skip
+METRICS = ("accuracy", "accuracy_macro", "perplexity", "loss")  # of a run; accuracy of each task too
+OURS = {"training.seed": "seeds", "training.output_dir": "output_dir"}
 TAKE_ALL = ("accelerate", "torchrun", "deepspeed")  # launchers of one run on all devices
 MAY_DIFFER = tuple(name for name in BUDGET | SAME if name != "eval_rows")
 
@@ -129,6 +131,10 @@ class Experiment:
         self.check_launcher()
         if not self.metrics:
             raise ValueError("metrics is empty; name one or more, such as accuracy.")
+        for name in self.metrics:
+            if name not in METRICS and not name.startswith("accuracy_"):
+                known = [*METRICS, "accuracy_TASK"]
+                raise ValueError(f"metrics names '{name}'.{suggest(name, known)} It may be {', '.join(known)}.")
 
     def check_launcher(self) -> None:
         if self.runs_from and self.launcher:
@@ -216,6 +222,8 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
     changed = {"overrides": experiment.overrides, **{f"arms.{n}": arm.set for n, arm in experiment.arms.items()}}
     for where, settings in changed.items():
         for key in settings:
+            if key in OURS:
+                raise RecipeError(f"{where} sets {key}, which would be ignored: an experiment has its own {OURS[key]}.")
             if str(key).endswith("token"):
                 raise RecipeError(f"{where} sets {key}, which the report would show; set HF_TOKEN in the environment.")
     for name, arm in experiment.arms.items():

@@ -22,8 +22,12 @@ FUSIONS: dict[str, type[Fusion]] = {
 
 
 def method_of(fusion: Fusion) -> str:
-    """The name of a fusion in the table."""
-    return next(name for name, kind in FUSIONS.items() if kind is type(fusion))
+    """The name of a fusion in the table; of one from elsewhere, that of its class. ValueError for what is none."""
+    if not isinstance(fusion, Fusion):
+        raise ValueError(
+            f"fusion is {fusion!r}; give one of kv_trainer.fusion, such as Uniform() (in a recipe: method: uniform)."
+        )
+    return next((name for name, kind in FUSIONS.items() if kind is type(fusion)), type(fusion).__name__)
 
 
 __all__ = [

@@ -129,6 +129,28 @@ def test_validate_takes_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert "arms.ce in bad.yaml, line 6" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: {a: {set: {training.seed: 5}}}", "arms.a sets training.seed, which would be ignored: .* own seeds"),
+        ("overrides: {training.output_dir: x}\narms: {a: {}}", "overrides sets training.output_dir, .* own output_dir"),
+        ("metrics: [acuracy]\narms: {a: {}}", "metrics .*names 'acuracy'. Did you mean 'accuracy'"),
+    ],
+)
+def test_what_would_be_ignored_or_come_too_late_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.yaml").write_text("x")
+    (tmp_path / "e.yaml").write_text(f"recipe: r.yaml\n{text}")
+    with pytest.raises(RecipeError, match=said):
+        load_experiment(tmp_path / "e.yaml")
+
+
+def test_runs_from_nowhere_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("x")
+    (tmp_path / "e.yaml").write_text("recipe: r.yaml\narms: {a: {}}")
+    assert main(["compare", str(tmp_path / "e.yaml"), "--runs-from", "docs/results/nope/runs.zip"]) == 2
+    assert "nope/runs.zip: there is no finished run; give an output_dir, or a runs.zip" in capsys.readouterr().err
+
+
 def test_a_report_alone_takes_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "e.yaml", "--report-only", "--runs-from", "runs.zip"]) == 2
     assert "leave one out" in capsys.readouterr().err
