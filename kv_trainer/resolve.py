@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ from .teachers import Teacher
 logger = logging.getLogger(__name__)
 Loadable = str | PreTrainedModel | ModelConfig
 CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are recomputed, unless told otherwise
+
+
+@contextmanager
+def naming(section: str, model: Any) -> Iterator[None]:
+    """Inside the block, what goes wrong with a model's files or tokenizer says whose they are."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{section} is '{model}', which could not be loaded: there is no such folder from here, or it is no model, "
+            f"or not on the Hub. {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{section} is '{model}': {error}") from error
 
 
 def check_given(args: Any, teachers: Any, rows: Any) -> None:
@@ -50,10 +65,12 @@ def resolve_student(
     """The student's model, and how it reads rows."""
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if isinstance(config, StudentConfig):
-        read = tokenizer or load_tokenizer(config)
+        with naming("student", config.model or config.config):
+            read = tokenizer or load_tokenizer(config)
+            loaded = load_student(config)
         if isinstance(read, Reader) and config.chat and config.chat != read.chat:
             raise ValueError(f"The student's chat is {config.chat}, but its Reader says {read.chat}; say it once.")
-        return load_student(config), read if isinstance(read, Reader) else Reader(read, config.chat)
+        return loaded, read if isinstance(read, Reader) else Reader(read, config.chat)
     if isinstance(config, ModelConfig):
         raise ValueError(f"The student is a {type(config).__name__}; give a name, a StudentConfig or a model.")
     if tokenizer is None:
@@ -89,10 +106,11 @@ def resolve_teacher(
                 f"teachers.{name}.device_map is '{given.device_map}', and each of several processes would load a copy "
                 "there; take placement: sharded, which deals one copy out over the processes, or one process."
             )
-        reader = Reader(load_tokenizer(given), given.chat)
         placement = "dispatched" if given.device_map else given.placement
         own = zlib.crc32(f"{seed} {name}".encode())  # two of one architecture are two teachers
-        model = load_random(given, own) if given.random else load_pretrained(given, device)
+        with naming(f"teachers.{name}", given.model):
+            reader = Reader(load_tokenizer(given), given.chat)
+            model = load_random(given, own) if given.random else load_pretrained(given, device)
         return Teacher(model, reader, given.weight, placement, seed if given.random else None)
     model, read = given if isinstance(given, tuple) else (given, students)
     reader = read if isinstance(read, Reader) else Reader(read)

@@ -85,6 +85,16 @@ def test_mistakes_are_told_before_anything_is_loaded(world: World, tmp_path: Pat
         )
 
 
+@pytest.mark.parametrize("what", ["nowhere", "no_model"])
+def test_a_model_that_is_not_there_is_named(world: World, tmp_path: Path, what: str) -> None:
+    (tmp_path / "no_model").mkdir()
+    where = str(tmp_path / what)
+    with pytest.raises(ValueError, match=f"^teachers.math is '{where}'"):
+        world.trainer(tmp_path / "out", teachers={"math": where})
+    with pytest.raises(ValueError, match=f"^student is '{where}'"):
+        MultiTeacherKVTrainer(where, args=world.arguments(tmp_path / "out"), train_dataset=world.encoded)
+
+
 def test_a_student_that_lacks_tokens_is_told(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The student knows 20 tokens, its tokenizer .* resize_token_embeddings"):
         world.trainer(tmp_path, student=world.student(vocab_size=20))

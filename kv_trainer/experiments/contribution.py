@@ -62,6 +62,12 @@ def leave_one_out(game: Game) -> dict[str, list[float]]:
     }
 
 
+def measures(game: Game) -> dict[str, dict[str, list[float]]]:
+    """Name of a measure -> player -> one value a seed: Shapley values where they are known, and leave-one-out."""
+    found = {"Shapley value": shapley(game)} if game.complete else {}
+    return {**found, "lost without it": leave_one_out(game)}
+
+
 def find_games(study: Study) -> list[Game]:
     """For each kind of player the best whole of which there is every arm that lacks just one of them.
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..files import write_text
 from ..metrics import MACRO
 from .blocks import Block, Code, Grid, Heading, Items, Picture, Text, as_html, as_markdown
+from .contribution import find_games, measures
 from .fairness import agreement, violations
 from .figures import draw_all
 from .jobs import Job
@@ -54,6 +55,10 @@ def as_json(study: Study) -> str:
         "arms": study.values,
         "budget": {a: {n: study.budget(a, n) for n in ("steps", "tokens", "seconds")} for a in study.arms},
         "comparisons": [asdict(comparison) for comparison in study.comparisons],
+        "contributions": [
+            {"kind": game.kind, "to": game.whole, "measure": name, "values": values}
+            for game in find_games(study) for name, values in measures(game).items()
+        ],
         "reached": there.each if there else {}, "rule": str(study.experiment.verdict),
         "fairness": [asdict(finding) for finding in study.findings], "missing": study.missing,
         "left_out": study.left_out,
@@ -101,6 +106,7 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
         Grid(arm_rows(study)),
         *map(Text, [*steps_of_timed(study), *passes_left_out(study)]),
         Heading("Comparisons"), Grid(comparison_rows(study)), Text(METHOD),
+        *contributions(study),
         Heading("Fairness"), Grid(fairness_rows(study)), *unequal(study),
         Heading("Figures"), *pictures,
         Heading("Rule of the verdict"), Text(str(experiment.verdict)),
@@ -108,6 +114,18 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
         Code("\n".join(commands(study))),
         Heading("Versions and machine"), Items(study.machines()),
     ]  # fmt: skip
+
+
+def contributions(study: Study) -> list[Block]:
+    """What each player of each game brings; nothing where no arm lacks just one of them."""
+    metric, rows = study.experiment.metrics[0], [["of", "to", "measure", "mean ± std over seeds"]]
+    for game in find_games(study):
+        for measure, values in measures(game).items():
+            for player, each in values.items():
+                words = f"{percent(metric, mean(each))} ± {spread_of(metric, std(each))} {unit(metric)}"
+                rows.append([player, game.whole, measure, words])
+    said = "Positive: it helps. Shapley values are means over all orders in which players may come in."
+    return [Heading("Contributions"), Grid(rows), Text(said)] if len(rows) > 1 else []
 
 
 def fairness_rows(study: Study) -> list[list[str]]:

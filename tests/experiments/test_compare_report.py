@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from kv_trainer.experiments.compare import print_study
+from kv_trainer.experiments.contribution import Game
 from kv_trainer.experiments.experiment import Unequal, load_experiment
 from kv_trainer.experiments.fairness import agreement, check_budget, violations
 from kv_trainer.experiments.jobs import Job
@@ -102,6 +103,21 @@ def test_results_have_what_others_read(study: Study, no_pictures: None) -> None:
     assert {c["verdict"] for c in found["comparisons"] if c["metric"] == "perplexity"} == {"not judged"}
     assert [f["arm"] for f in found["fairness"]] == ["timed"], "a third of the seconds is not as long"
     assert found["left_out"] == [] and found["reached"]["taught"]["steps"] == [24, 24, 24]
+
+
+def test_what_each_teacher_brings_is_told_in_numbers(
+    study: Study, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worth = {"": [0.0, 0.0], "a": [0.5, 0.4], "b": [0.3, 0.2], "ab": [0.9, 0.8]}
+    game = Game(["a", "b"], {frozenset(team): values for team, values in worth.items()}, "taught")
+    monkeypatch.setattr("kv_trainer.experiments.report.find_games", lambda study: [game])
+    write_report(study, Path("out/report"))
+    shapley, lost = json.loads(Path("out/report/results.json").read_text())["contributions"]
+    assert (shapley["kind"], shapley["to"], shapley["measure"]) == ("teacher", "taught", "Shapley value")
+    assert shapley["values"]["a"] == pytest.approx([0.55, 0.5]) and lost["values"]["b"] == pytest.approx([0.4, 0.4])
+    text = Path("out/report/report.md").read_text()
+    assert "| a | taught | Shapley value | +52.5 ± 3.5 points |" in text
+    assert "| b | taught | lost without it | +40.0 ± 0.0 points |" in text
 
 
 def test_the_report_is_whole_and_stands_alone(study: Study) -> None:

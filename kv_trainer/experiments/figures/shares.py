@@ -9,7 +9,7 @@ import numpy as np
 
 from ...curve import INK, PALETTE, dress
 from ...heatmap import draw_heatmap
-from ..contribution import Game, leave_one_out, shapley
+from ..contribution import Game, measures
 from ..results import Study
 from ..statistics import is_share, mean, std
 from ..words import unit
@@ -51,8 +51,7 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
     size = 100 if is_share(metric) else 1
     figure = new_figure(f"contribution of each {game.kind} to {game.whole}", height=3.6, width=8)
     axes = figure.subplots()
-    both = {"Shapley value": shapley(game)} if game.complete else {}
-    both["lost without it (leave-one-out)"] = leave_one_out(game)
+    both = measures(game)
     for i, (label, values) in enumerate(both.items()):
         each = [[size * x for x in values[name]] for name in names]
         places = [j + (i - (len(both) - 1) / 2) * 0.36 for j in range(len(names))]
@@ -72,6 +71,7 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
     axes.margins(y=0.15)
     if all(abs(x) < 1e-9 for values in both.values() for one in values.values() for x in one):
         axes.set_ylim(0, 1)  # rounding would make a scale of its own
-    dress(axes, f"{unit(metric)} of {metric}, over {seeds_of(study)}")
+    of_metric = f" of {metric}" if is_share(metric) else ""
+    dress(axes, f"{unit(metric)}{of_metric}, over {seeds_of(study)}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     save(figure, target)
