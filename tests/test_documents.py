@@ -79,7 +79,7 @@ def test_the_runs_of_a_published_study_are_those_of_its_results(archive: Path) -
 def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
         "seeds": [1, 2], "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
-        "budget": {"a": {"steps": 1200.0}},
+        "budget": {"a": {"steps": 1200.0}}, "reached": {"b": {"steps": [240, 360]}},
         "comparisons": [
             {"arm": "a", "against": other, "metric": "accuracy", "p": p} for other, p in (("c", 0.03), ("b", 0.2))
         ],
@@ -89,6 +89,7 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     publish.results.cache_clear()
     marks = {"a accuracy": "60.0% ± 14.1", "a accuracy mean": "60.0%", "a accuracy 2": "70.0%", "a steps": "1,200",
+             "b-a reached_steps": "25%",
              "a-b accuracy": "+50.0 points", "a accuracy p": "0.030", "a-b accuracy p": "0.200"}  # fmt: skip
     for mark, shown in marks.items():
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
