@@ -150,9 +150,8 @@ def read_file(path: Path, shown: str, chain: tuple[Path, ...] = ()) -> Node:
     return merge(read_file(Path(base), base, chain), tree)
 
 
-def read_overrides(overrides: Sequence[str], folder: Path) -> Node:
-    """`--section.key value` and `--section.key=value` as a Node tree."""
-    here = "on the command line"
+def read_overrides(overrides: Sequence[str], folder: Path, here: str) -> Node:
+    """`--section.key value` and `--section.key=value`, written `here`, as a Node tree."""
     tree, seen, rest = Node({}, here, folder), set(), list(overrides)
     while rest:
         name, equals, text = rest.pop(0).partition("=")

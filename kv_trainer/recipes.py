@@ -119,16 +119,18 @@ def build_training(node: Node, sections: dict[str, Any], output_dir: str) -> Mul
 # --------------------------------------------------------------------------------------------- the way in and out
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), quick: bool = False) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), quick: bool = False, here: str = "on the command line"
+) -> Recipe:
     """A recipe file as dataclasses.
 
     overrides: what a command line leaves over, such as ["--training.learning_rate", "1e-5", "--losses.kv=null"].
     Values may begin with `./` for a file beside the recipe. quick: cut down to a trial run, as quick.py says.
-    Raises RecipeError, one line that says where.
+    here: where messages say that overrides were written. Raises RecipeError, one line that says where.
     """
     file = Path(path)
     whole = Node({}, f"in {path}", file.parent)  # where what is written nowhere is missing
-    tree, given = merge(whole, read_file(file, str(path))), read_overrides(overrides, file.parent)
+    tree, given = merge(whole, read_file(file, str(path))), read_overrides(overrides, file.parent, here)
     default = os.path.join("outputs", file.resolve().parent.name, file.stem)
     if quick:
         tree = merge(tree, quick_preset(tree, given, default))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_uniform_and_fixed() -> None:
     torch.testing.assert_close(Fixed().shares(found)[:, 2], torch.tensor([1.0, 3.0, 4.0]) / 8)
 
 
-@pytest.mark.parametrize("given", [[-1.0, 2.0], [0.0, 0.0]])
+@pytest.mark.parametrize("given", [[-1.0, 2.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_impossible_weights_are_refused(given: list[float]) -> None:
     with pytest.raises(ValueError, match="The teachers' weights are"):
         check_given(given)

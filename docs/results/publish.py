@@ -26,8 +26,8 @@ from typing import Any
 from kv_trainer.experiments.archive import pack
 from kv_trainer.experiments.experiment import load_experiment
 from kv_trainer.experiments.jobs import Job
-from kv_trainer.experiments.statistics import mean, std
-from kv_trainer.experiments.words import figure_of, p_words, percent, spread_of, unit
+from kv_trainer.experiments.statistics import mean
+from kv_trainer.experiments.words import figure_of, over_seeds, p_words, percent, unit
 from kv_trainer.files import write_text
 
 RESULTS = Path(__file__).parent
@@ -64,7 +64,7 @@ def figure(name: str, arm: str, metric: str, other: str | None = None, form: str
         return figure_of(metric, mean(values))
     if form is not None:
         return figure_of(metric, dict(zip(map(str, found["seeds"]), values, strict=True))[form])
-    return f"{figure_of(metric, mean(values))} ± {spread_of(metric, std(values))}"
+    return over_seeds(metric, values)
 
 
 def fill(text: str) -> str:
@@ -106,8 +106,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.experiment and not options.name:
         parser.error("give the NAME of its folder in docs/results too.")
-    if options.experiment:
-        publish(options.experiment, options.name, options.seeds)
+    try:
+        if options.experiment:
+            publish(options.experiment, options.name, options.seeds)
+        fill_documents()
+    except (ValueError, LookupError, subprocess.CalledProcessError) as error:
+        sys.exit(f"publish.py: {error}")
+
+
+def fill_documents() -> None:
     for page in documents():
         text = page.read_text(encoding="utf-8")
         if fill(text) != text:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..recipe_values import suggest
+from ..report import format_duration
 from .experiment import Experiment, load_experiment
 from .fairness import violations
 from .jobs import Job
@@ -46,6 +49,8 @@ def compare(
         raise ValueError(f"--seeds is {', '.join(map(str, seeds))}; name each seed once.")
     numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
     check_arms(experiment)
+    for first, second in twins(experiment):
+        console.print(f"{first} and {second} are one and the same: their settings do not differ", style="yellow")
     jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
     extra = [arm for arm in chosen if arms and arm not in arms]
     if extra:
@@ -106,6 +111,19 @@ def check_arms(experiment: Experiment) -> None:
         Job(experiment, arm, experiment.seeds[0]).recipe_text()
 
 
+def twins(experiment: Experiment) -> list[tuple[str, str]]:
+    """Arms whose runs differ in nothing but the name: a change that was meant has no effect."""
+    seed, seen, found = experiment.seeds[0], {}, []
+    for arm in (name for name, arm in experiment.arms.items() if not arm.seconds_of):
+        settings = yaml.safe_load(Job(experiment, arm, seed).recipe_text())
+        settings["training"].pop("output_dir")
+        text = json.dumps(settings, sort_keys=True)
+        if text in seen:
+            found.append((seen[text], arm))
+        seen.setdefault(text, arm)
+    return found
+
+
 def describe(path: str, quick: bool = False) -> str:
     """The line of `kv-trainer validate` for an experiment file."""
     experiment = load_experiment(path, quick)
@@ -126,7 +144,7 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
         done, value = len(runner.records), record["metrics"].get(metric)
         what = "no " + metric if value is None else f"{metric} {figure_of(metric, value)}"
         before = f"taken from {record[TAKEN]}" if TAKEN in record else "finished before"
-        took = f"{record['seconds'] / 60:5.1f} min" if ran else before
+        took = format_duration(record["seconds"]) if ran else before
         line = f"{done:>{len(str(len(jobs)))}}/{len(jobs)}  {job.arm:<{width}}  seed {job.seed}  {what:>18}  {took}"
         console.print(line, markup=False, highlight=False)
 
@@ -141,7 +159,7 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
     if failed:
         lines = "; ".join(f"{job.arm}-{job.seed}: {error}" for job, error in failed.items())
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {lines}")
-    console.print(f"all runs after {(time.monotonic() - started) / 60:.1f} min", style="dim", highlight=False)
+    console.print(f"all runs after {format_duration(time.monotonic() - started)}", style="dim", highlight=False)
     return runner.records
 
 

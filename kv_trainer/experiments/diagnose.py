@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from ..arguments import Recipe
@@ -83,7 +84,7 @@ def print_diagnosis(console: Console, measured: Measured, advice: Sequence[Advic
         "Every term in full: weight at its peak, all layers in, attention weighting on.[/]"
     )
     console.print()
-    console.print(table_of(measured.terms))
+    print_whole(console, table_of(measured.terms))
     console.print()
     notes = Table(box=None, pad_edge=False, show_header=False)
     notes.add_column(style="dim")
@@ -115,6 +116,13 @@ MEANINGS: dict[str, tuple[str, Callable[[Term], bool]]] = {
     "attention": ("what attention weighting changes in the value", lambda term: term.attention_percent is not None),
     "memory, time": ("what the term adds to a micro-batch, beside the student's own passes", lambda term: True),
 }
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table with all of its figures, on however narrow a terminal: its lines wrap rather than end."""
+    needed = Measurement.get(console, console.options.update(max_width=10**4), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def table_of(terms: dict[str, Term]) -> Table:

@@ -17,6 +17,7 @@ from ..recipes import dump_recipe, load_recipe
 from .experiment import Experiment
 
 RECORD, LOG = "arm.json", "log.txt"
+HERE = "in the experiment"  # where messages say that what an arm changes was written
 
 
 def settings_of(recipe: str) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class Job:
         words = [word for word in self.overrides(max_steps) if word != "--quick"]
         arm = self.experiment.arms[self.arm]
         try:
-            return dump_recipe(load_recipe(self.experiment.recipe, words, self.experiment.is_quick))
+            return dump_recipe(load_recipe(self.experiment.recipe, words, self.experiment.is_quick, HERE))
         except RecipeError as error:
             raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
 

@@ -17,8 +17,8 @@ from .figures import draw_all
 from .jobs import Job
 from .reach import reached
 from .results import Study
-from .statistics import FEWEST, RESAMPLES, is_share, mean, std
-from .words import figure_of, finding_of, p_words, passes_left_out, percent, spread_of, steps_of_timed, unit
+from .statistics import FEWEST, RESAMPLES, is_share, mean
+from .words import finding_of, over_seeds, p_words, passes_left_out, percent, spread_of, steps_of_timed, unit
 
 QUICK = (
     "A quick run: every run was cut short (kv-trainer train --quick, with what the experiment's `quick` changes). It "
@@ -87,7 +87,8 @@ def contents(study: Study, pictures: list[Picture]) -> list[Block]:
     if experiment.is_quick:
         loud.append(Text(QUICK, loud=True))
     if len(study.seeds) < FEWEST:
-        loud.append(Text(f"{len(study.seeds)} seeds: no verdict is given for fewer than {FEWEST}.", loud=True))
+        seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+        loud.append(Text(f"{seeds}: no verdict is given for fewer than {FEWEST}.", loud=True))
     if study.missing:
         loud.append(Text(f"Not finished, and not in this report: {', '.join(study.missing)}.", loud=True))
     if study.left_out:
@@ -122,7 +123,7 @@ def contributions(study: Study) -> list[Block]:
     for game in find_games(study):
         for measure, values in measures(game).items():
             for player, each in values.items():
-                words = f"{percent(metric, mean(each))} ± {spread_of(metric, std(each))} {unit(metric)}"
+                words = f"{percent(metric, mean(each))}{spread_of(metric, each)} {unit(metric)}"
                 rows.append([player, game.whole, measure, words])
     said = "Positive: it helps. Shapley values are means over all orders in which players may come in."
     return [Heading("Contributions"), Grid(rows), Text(said)] if len(rows) > 1 else []
@@ -148,7 +149,7 @@ def arm_rows(study: Study) -> list[list[str]]:
     for arm in study.arms:
         name = f"{arm} (control)" if study.experiment.arms[arm].control else arm
         each = [study.values[arm][metric] for metric in shown]
-        cells = [f"{figure_of(m, mean(v))} ± {spread_of(m, std(v))}" for m, v in zip(shown, each, strict=True)]
+        cells = [over_seeds(metric, values) for metric, values in zip(shown, each, strict=True)]
         budget = [f"{study.budget(arm, key):,.0f}" for key in ("steps", "tokens", "seconds")]
         rows.append([name, *cells, *budget])
     return rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .results import Study
-from .statistics import Comparison, is_share, lower_is_better, mean
+from .statistics import Comparison, is_share, lower_is_better, mean, std
 
 
 def figure_of(metric: str, value: float) -> str:
@@ -13,8 +14,16 @@ def figure_of(metric: str, value: float) -> str:
     return f"{value:.1%}" if is_share(metric) else f"{value:.4g}"
 
 
-def spread_of(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.2g}"
+def spread_of(metric: str, values: Sequence[float]) -> str:
+    """The standard deviation over seeds, behind a mean; nothing of one seed."""
+    if len(values) < 2:
+        return ""
+    return f" ± {100 * std(values):.1f}" if is_share(metric) else f" ± {std(values):.2g}"
+
+
+def over_seeds(metric: str, values: Sequence[float]) -> str:
+    """91.2% ± 3.7, the mean and the standard deviation over seeds; of one seed its value."""
+    return figure_of(metric, mean(values)) + spread_of(metric, values)
 
 
 def percent(metric: str, difference: float) -> str:

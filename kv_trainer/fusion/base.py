@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -83,8 +84,8 @@ class Tempered(Fusion):
 
 def check_given(given: Sequence[float]) -> None:
     """ValueError for teacher weights that give no shares."""
-    if given and (min(given) < 0 or sum(given) <= 0):
-        raise ValueError(f"The teachers' weights are {list(given)}; none may be negative and one must be above 0.")
+    if given and not (all(0 <= weight < math.inf for weight in given) and sum(given) > 0):
+        raise ValueError(f"The teachers' weights are {list(given)}; each must be 0 or a number above, and one above 0.")
 
 
 def teacher_shares(fusion: Fusion, inputs: FusionInputs) -> Tensor:

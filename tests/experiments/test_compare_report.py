@@ -236,6 +236,9 @@ def test_two_seeds_are_no_verdict(study: Study, no_pictures: None) -> None:
     write_report(few, Path("out/report"))
     text = Path("out/report/report.md").read_text()
     assert "none: fewer than 3 seeds" in text and "**2 seeds: no verdict is given for fewer than 3.**" in text
+    write_report(study_of(study.experiment, study.arms, [1], study.records), Path("out/one"))
+    alone = Path("out/one/report.md").read_text()
+    assert "**1 seed: no verdict" in alone and "±" not in alone.partition("## Comparisons")[0].partition("| arm |")[2]
 
 
 def test_what_is_not_finished_is_left_out_and_named(study: Study) -> None:

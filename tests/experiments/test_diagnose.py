@@ -466,3 +466,6 @@ def test_the_table_fits_120_columns() -> None:
         "time",
     ]  # fmt: skip
     assert any(line.startswith("target of kv") and "-50%" in line for line in lines)
+    narrow = io.StringIO()
+    print_diagnosis(Console(file=narrow, width=80), Measured(64, 8, wide, -0.5), [], 8)
+    assert "…" not in narrow.getvalue() and header in narrow.getvalue()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kv_trainer.cli import main
-from kv_trainer.experiments.compare import check_arms, choose
+from kv_trainer.experiments.compare import check_arms, choose, twins
 from kv_trainer.experiments.experiment import is_experiment, load_experiment
 from kv_trainer.experiments.jobs import Job, as_word, equal_steps
 from kv_trainer.recipe_tree import RecipeError
@@ -107,8 +107,13 @@ def test_what_is_wrong_is_told_with_its_line(old: str, new: str, message: str) -
 
 def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
     Path("e.yaml").write_text(BASE.replace("control.shuffle: rows", "control.shuffle: colums"))
-    with pytest.raises(RecipeError, match="arms.broken in e.yaml, line 9: control.shuffle .* give one of 'rows'"):
+    with pytest.raises(RecipeError, match="broken in e.yaml, line 9: control.shuffle in the experiment .* of .rows"):
         check_arms(load_experiment("e.yaml"))
+
+
+def test_arms_that_are_one_and_the_same_are_found() -> None:
+    Path("e.yaml").write_text(BASE + "  again: {set: {losses.kv_relation: {}}}\n")
+    assert twins(load_experiment("e.yaml")) == [("full", "again")]
 
 
 def test_words_of_the_command_line_are_yaml() -> None:
