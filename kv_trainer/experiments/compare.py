@@ -113,7 +113,8 @@ def check_arms(experiment: Experiment) -> None:
 
 def twins(experiment: Experiment) -> list[tuple[str, str]]:
     """Arms whose runs differ in nothing but the name: a change that was meant has no effect."""
-    seed, seen, found = experiment.seeds[0], {}, []
+    seed, found = experiment.seeds[0], []
+    seen: dict[str, str] = {}
     for arm in (name for name, arm in experiment.arms.items() if not arm.seconds_of):
         settings = yaml.safe_load(Job(experiment, arm, seed).recipe_text())
         settings["training"].pop("output_dir")
