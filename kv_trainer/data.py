@@ -25,6 +25,10 @@ LOW = (
     "Only %.0f%% of the student's positions are aligned with teacher %s: check that both read the same text (chat, "
     "data.max_length); for texts that differ set alignment.time.method to segment_aware."
 )
+UNANSWERED = (
+    "%d of %d rows lack the first token of their answer: it is empty, or data.max_length cuts it off. They teach what "
+    "is left of them; filter them out, or raise data.max_length, if that is not meant."
+)
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ALIGNED = ("positions.py", "alignment/tokens.py", "alignment/time.py")
 SOURCES = ("data.py", "examples.py", "text.py", "chat.py", *ALIGNED)  # they encode a row
@@ -128,6 +132,11 @@ def encode_rows(
         logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))
     if not len(supervised):
         raise ValueError("No row has a supervised token: completions are empty, or data.max_length cuts them all off.")
+    answered = supervised.filter(
+        lambda at, labels: at >= 0 or labels[0] != IGNORED, input_columns=["answer_position", "labels"], **options
+    )
+    if len(answered) < len(supervised):
+        logger.warning(UNANSWERED, len(supervised) - len(answered), len(supervised))
     for name in teachers:
         share = aligned_share(supervised, name)
         if share < 0.5:

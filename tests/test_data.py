@@ -423,6 +423,21 @@ def test_rows_without_a_learned_token_are_left_out_with_a_word(plain, caplog):
         encode_rows(rows, Reader(plain), {}, DataConfig(max_length=3))
 
 
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"prompt": "two? ", "completion": ""}, True),
+        ({"prompt": "two? ", "reasoning": "one and one " * 9, "answer": "2"}, True),
+        ({"prompt": "two? ", "completion": "2"}, False),
+        ({"text": "2"}, False),
+    ],
+)
+def test_answers_that_are_empty_or_cut_off_are_told(plain, caplog, row, said):
+    with caplog.at_level(logging.WARNING, logger="kv_trainer.data"):
+        found = encode_rows(Dataset.from_list([row]), Reader(plain), {}, DataConfig(max_length=24))
+    assert len(found) == 1 and ("1 of 1 rows lack the first token of their answer" in caplog.text) == said
+
+
 def test_a_streamed_data_set_is_refused(plain):
     with pytest.raises(ValueError, match="without streaming=True"):
         encode_rows(Dataset.from_list(ROWS).to_iterable_dataset(), Reader(plain), {}, DataConfig())
