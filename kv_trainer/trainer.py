@@ -96,55 +96,18 @@ class MultiTeacherKVTrainer(HubTrainer):
         peft_config = students_peft(model, peft_config)
         with whole_weights(args):
             student, self.reader = resolve_student(model, processing_class)
-            reader, processing_class = self.reader, self.reader.tokenizer
-            stop_where_taught(student, processing_class, turn_end(reader))  # also where its users load it
-            teachers = dict(teachers or {})
+            stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
-            weights = {name: getattr(t, "weight", 1.0) for name, t in teachers.items()}
-            self.teachers: dict[str, Any] = {
-                name: open_teacher(name, t, args, reader, shape.num_layers, weights)
-                if isinstance(t, TeacherConfig) and t.source == "store"
-                else resolve_teacher(name, t, processing_class, args.device, args.seed)
-                for name, t in teachers.items()
-            }
-        self.manifest = describe_run(student, reader, self.teachers, args, peft_config)  # while teachers are whole
+            self.teachers = self._resolve_teachers(dict(teachers or {}), args, shape)
+        self.manifest = describe_run(student, self.reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         if peft_config is not None:
             student = add_adapters(student, peft_config)
-        self.bridge = KVBridge(
-            shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
-        )
-        self.manifest["bridge"] = {name: list(tensor.shape) for name, tensor in self.bridge.state_dict().items()}
-        self.manifest["resting"] = [name for name, p in self.bridge.named_parameters() if not p.requires_grad]
-        for name, teacher in self.teachers.items():
-            teacher.place(name, args.device)
-            teacher.prepare(self.bridge.layer_maps[name].needed, self.bridge.teacher_needs())
-            if args.torch_compile and isinstance(teacher, Teacher) and teacher.placement == "replicated":
-                teacher.compile(args.torch_compile_backend, args.torch_compile_mode)
-            if self.bridge.teacher_needs().final:
-                width = student.config.get_text_config().vocab_size
-                self.bridge.heads[name] = teacher.vocabulary(processing_class, width)
-        self.bridge.attach(student)
-        self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
-        readers = {name: teacher.reader for name, teacher in self.teachers.items()}
-        stored = {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
-        if train_dataset is not None:
-            train_dataset = encoded(train_dataset, args, reader, readers, stored)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: encoded_to_evaluate(rows, args, reader) for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = encoded_to_evaluate(eval_dataset, args, reader)
-        pads = {name: r.tokenizer.pad_token_id for name, r in readers.items()}
-        self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(train_dataset))
-        tasks = task_names(train_dataset) if train_dataset is not None else ()
-        self.routing = RoutingLog(list(self.teachers), tasks, shape.num_layers if shape else 1)
-        ours = default_callbacks(args)
-        self.metrics_file = next(c for c in ours if isinstance(c, MetricsFile))
-        self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
-        self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
-        self._samples_in_step: Tensor | float = 1.0
-        self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
+        self._build_bridge(student, shape, args)
+        collator = self._collator()
+        train_dataset, eval_dataset = self._encode(train_dataset, eval_dataset, args)
+        ours = self._watchers(args, train_dataset, shape.num_layers if shape else 1)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         self.predictions: list[dict[str, Any]] = []
         if "logits" not in self.bridge.requires and args.ddp_find_unused_parameters is None:
@@ -152,14 +115,82 @@ class MultiTeacherKVTrainer(HubTrainer):
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator
-            or KVCollator(processing_class.pad_token_id, pads, {n: (t.column, t.read) for n, t in stored.items()}),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=self.reader.tokenizer,
             callbacks=[*ours, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self._settle_engine()
+        if ProgressCallback in {type(c) for c in self.callback_handler.callbacks}:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossTermsProgress)
+        self.remove_callback(PrinterCallback)
+
+    # ---- what __init__ puts together
+
+    def _resolve_teachers(self, given: dict[str, Any], args: MultiTeacherKVConfig, shape: Any) -> dict[str, Any]:
+        """A Teacher, or a StoredTeacher, of each. shape: the student's."""
+        weights = {name: getattr(t, "weight", 1.0) for name, t in given.items()}
+        return {
+            name: open_teacher(name, t, args, self.reader, shape.num_layers, weights)
+            if isinstance(t, TeacherConfig) and t.source == "store"
+            else resolve_teacher(name, t, self.reader.tokenizer, args.device, args.seed)
+            for name, t in given.items()
+        }
+
+    def _build_bridge(self, student: PreTrainedModel, shape: Any, args: MultiTeacherKVConfig) -> None:
+        """The bridge, in the student; and every teacher, where it belongs and ready for what the bridge needs."""
+        self.bridge = KVBridge(
+            shape, {n: t.shape for n, t in self.teachers.items()}, args, [t.weight for t in self.teachers.values()]
+        )
+        self.manifest["bridge"] = {name: list(tensor.shape) for name, tensor in self.bridge.state_dict().items()}
+        self.manifest["resting"] = [name for name, p in self.bridge.named_parameters() if not p.requires_grad]
+        needs = self.bridge.teacher_needs()
+        for name, teacher in self.teachers.items():
+            teacher.place(name, args.device)
+            teacher.prepare(self.bridge.layer_maps[name].needed, needs)
+            if args.torch_compile and isinstance(teacher, Teacher) and teacher.placement == "replicated":
+                teacher.compile(args.torch_compile_backend, args.torch_compile_mode)
+            if needs.final:
+                width = student.config.get_text_config().vocab_size
+                self.bridge.heads[name] = teacher.vocabulary(self.reader.tokenizer, width)
+        self.bridge.attach(student)
+        self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
+
+    @property
+    def _stored(self) -> dict[str, StoredTeacher]:
+        return {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
+
+    def _collator(self) -> KVCollator:
+        pads = {name: teacher.reader.tokenizer.pad_token_id for name, teacher in self.teachers.items()}
+        stored = {name: (teacher.column, teacher.read) for name, teacher in self._stored.items()}
+        return KVCollator(self.reader.tokenizer.pad_token_id, pads, stored)
+
+    def _encode(self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig) -> tuple[Dataset | None, Any]:
+        """The rows to train on, for the student and every teacher, and those to evaluate on, for the student."""
+        if train is not None:
+            readers = {name: teacher.reader for name, teacher in self.teachers.items()}
+            train = encoded(train, args, self.reader, readers, self._stored)
+        if isinstance(evaluation, dict):
+            return train, {name: encoded_to_evaluate(rows, args, self.reader) for name, rows in evaluation.items()}
+        return train, None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader)
+
+    def _watchers(self, args: MultiTeacherKVConfig, rows: Dataset | None, layers: int) -> list[TrainerCallback]:
+        """What runs the teachers, and what counts, logs and guards a step; returned are the callbacks among them."""
+        self.panel = TeacherPanel(self.teachers, args.fusion, numbered_rows(rows))
+        self.routing = RoutingLog(list(self.teachers), task_names(rows) if rows is not None else (), layers)
+        self.monitor = StepMonitor(self.bridge, self.routing, args.monitor.loss_scales_every)
+        ours = default_callbacks(args)
+        self.metrics_file = next(c for c in ours if isinstance(c, MetricsFile))
+        self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
+        self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
+        self._samples_in_step: Tensor | float = 1.0
+        return ours
+
+    def _settle_engine(self) -> None:
+        """What can be said once accelerate is there: how shards are saved, and what cannot be measured on them."""
         if self.is_fsdp_enabled:  # with accelerate's own default, shards, no student would be written at all
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.sharded = self.is_fsdp_enabled or zero_stage(self.accelerator) == 3
@@ -172,10 +203,6 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.loss_is_scaled_for_ga = True
         # The tokens are counted for our losses, whether or not the student's own forward would take the count.
         self.model_accepts_loss_kwargs = True
-        if ProgressCallback in {type(c) for c in self.callback_handler.callbacks}:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(LossTermsProgress)
-        self.remove_callback(PrinterCallback)
 
     # ---- one step
 
