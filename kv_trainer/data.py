@@ -126,6 +126,15 @@ def encode_rows(
         encode_row, with_indices=True, fn_kwargs={"code": CODE}, remove_columns=rows.column_names, desc="Encoding rows",
         **options,
     )  # fmt: skip
+    supervised = worth_learning(encoded, list(teachers), options)
+    return supervised if "task" in keep else number_tasks(supervised)
+
+
+def worth_learning(encoded: Dataset, teachers: Sequence[str], options: dict[str, Any]) -> Dataset:
+    """Encoded rows with something to learn, and a word about rows that are cut. ValueError if none is left.
+
+    options: of datasets.Dataset.filter.
+    """
     supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels", **options)
     if len(supervised) < len(encoded):
         without = len(encoded) - len(supervised)
@@ -141,7 +150,7 @@ def encode_rows(
         share = aligned_share(supervised, name)
         if share < 0.5:
             logger.warning(LOW, 100 * share, name)
-    return supervised if "task" in keep else number_tasks(supervised)
+    return supervised
 
 
 def warn_of_roles(rows: Dataset, readers: Mapping[str, Reader], config: DataConfig) -> None:
