@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .alignment.layers import LayerMap
@@ -72,24 +73,22 @@ def print_header(
 
 
 def print_methods(section: str = "", console: Console | None = None) -> None:
-    """The table METHODS, or the part of it whose section begins with `section`. ValueError where nothing does."""
+    """What METHODS holds, or the part of it whose section begins with `section`. ValueError where nothing does."""
     from .methods import METHODS
 
     chosen = [method for method in METHODS if method.section.startswith(section)]
     if not chosen:
         known = ", ".join(dict.fromkeys(method.section for method in METHODS))
         raise ValueError(f"No method's section begins with '{section}'. Sections: {known}.")
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    table.add_column("setting", no_wrap=True)
-    for title, ratio in (("what it does", 4), ("needs", 2), ("source", 3)):
-        table.add_column(title, ratio=ratio)
-    shown = ""
+    console, shown = console or Console(), ""
     for method in chosen:
         if method.section != shown:
             shown = method.section
-            table.add_row(f"[bold]{escape(shown)}[/]")
-        table.add_row("  " + escape(method.name), escape(method.what), escape(method.needs), escape(method.source))
-    (console or Console()).print(table)
+            console.print(Text(shown, "bold"))
+        console.print(Padding(Text(method.name), (0, 0, 0, 2), expand=False))
+        more = {"needs": method.needs, "source": method.source}
+        known = "; ".join(f"{name}: {value}" for name, value in more.items() if value != "-")
+        console.print(Padding(Text.assemble(f"{method.what}. ", (known, "dim")), (0, 0, 0, 6), expand=False))
 
 
 def save_layer_match(folder: Path, teacher: str, similarity: Tensor, layers: LayerMap) -> None:
