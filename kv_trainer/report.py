@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -56,7 +57,7 @@ def print_header(
         own = show(student)
         marked = [f"[yellow]{v}[/]" if v != own and label not in UNMARKED else v for v in map(show, shapes)]
         table.add_row(f"[dim]{label}[/]", *marked)
-    console.print(table)
+    print_whole(console, table)
     console.print()
     facts = Table(box=None, pad_edge=False, show_header=False)
     facts.add_column(style="dim")
@@ -70,6 +71,14 @@ def print_header(
     for i, (name, loss) in enumerate(losses.items()):
         facts.add_row("" if i else "losses", _describe_loss(name, loss))
     console.print(facts)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table with all of its figures, on however narrow a terminal: its lines wrap rather than end."""
+    needed = Measurement.get(console, console.options.update(max_width=10**4), table).maximum
+    terminal, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = terminal
 
 
 def print_methods(section: str = "", console: Console | None = None) -> None:

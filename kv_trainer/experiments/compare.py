@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..recipe_values import suggest
-from ..report import format_duration
+from ..report import format_duration, print_whole
 from .experiment import Experiment, load_experiment
 from .fairness import violations
 from .jobs import Job
@@ -175,7 +175,7 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
         value, one = figure_of(metric, mean(study.values[arm][metric])), study.first(arm)
         table.add_row(arm, value, *cells(one) if one is not None else ())
     console.print()
-    console.print(table)
+    print_whole(console, table)
     console.print()
     for one in study.judged:
         console.print(f"- {escape(finding_of(study, one))}", highlight=False)

@@ -13,11 +13,11 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
 from ..arguments import Recipe
 from ..files import write_text
+from ..report import print_whole
 from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
 from .advice import COLLAPSED, INERT, LIMIT, Advice, advise, as_patch, is_inert, refuse_to_overwrite, write_copy
@@ -116,13 +116,6 @@ MEANINGS: dict[str, tuple[str, Callable[[Term], bool]]] = {
     "attention": ("what attention weighting changes in the value", lambda term: term.attention_percent is not None),
     "memory, time": ("what the term adds to a micro-batch, beside the student's own passes", lambda term: True),
 }
-
-
-def print_whole(console: Console, table: Table) -> None:
-    """A table with all of its figures, on however narrow a terminal: its lines wrap rather than end."""
-    needed = Measurement.get(console, console.options.update(max_width=10**4), table).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 def table_of(terms: dict[str, Term]) -> Table:
