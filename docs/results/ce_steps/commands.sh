@@ -1,0 +1,17 @@
+#!/bin/sh
+set -e
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 1 --training.output_dir outputs/experiments/quickstart_ce_steps/ce-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 2 --training.output_dir outputs/experiments/quickstart_ce_steps/ce-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 3 --training.output_dir outputs/experiments/quickstart_ce_steps/ce-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 4800 --training.seed 1 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_four_times-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 4800 --training.seed 2 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_four_times-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.max_steps 4800 --training.seed 3 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_four_times-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.seed 1 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.seed 2 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.seed 3 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.max_steps 4800 --training.seed 1 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate_four_times-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.max_steps 4800 --training.seed 2 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate_four_times-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.learning_rate 0.0025 --training.max_steps 4800 --training.seed 3 --training.output_dir outputs/experiments/quickstart_ce_steps/ce_half_rate_four_times-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 1 --training.output_dir outputs/experiments/quickstart_ce_steps/two_routed-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 2 --training.output_dir outputs/experiments/quickstart_ce_steps/two_routed-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 3 --training.output_dir outputs/experiments/quickstart_ce_steps/two_routed-3-again
