@@ -1,0 +1,20 @@
+#!/bin/sh
+set -e
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/ce-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/ce-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/ce-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/small --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/ce_small-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/small --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/ce_small-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/small --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/ce_small-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/large --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/ce_large-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/large --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/ce_large-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --student.config recipes/quickstart/students/large --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/ce_large-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/two-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/two-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/two-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/small --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/two_small-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/small --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/two_small-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/small --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/two_small-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/large --training.seed 1 --training.output_dir outputs/experiments/quickstart_student_size/two_large-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/large --training.seed 2 --training.output_dir outputs/experiments/quickstart_student_size/two_large-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --student.config recipes/quickstart/students/large --training.seed 3 --training.output_dir outputs/experiments/quickstart_student_size/two_large-3-again
