@@ -1,4 +1,4 @@
-"""The rows of a run, encoded once for the student and all of its teachers."""
+"""The rows of a run, encoded once for the student and all of its teachers, and their batches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset
 
 from .arguments import DataConfig, MultiTeacherKVConfig
-from .data import EVALUATED, Reader, encode_rows
+from .data import EVALUATED, KVCollator, Reader, encode_rows
 from .evaluation import check_prompts
 from .store.teacher import StoredTeacher
+
+
+def stored_among(teachers: Mapping[str, Any]) -> dict[str, StoredTeacher]:
+    return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, StoredTeacher)}
+
+
+def collator(reader: Reader, teachers: Mapping[str, Any]) -> KVCollator:
+    """What makes batches of encoded rows, with the keys and values of stored teachers."""
+    pads = {name: teacher.reader.tokenizer.pad_token_id for name, teacher in teachers.items()}
+    stored = {name: (teacher.column, teacher.read) for name, teacher in stored_among(teachers).items()}
+    return KVCollator(reader.tokenizer.pad_token_id, pads, stored)
 
 
 @contextmanager
@@ -32,7 +44,7 @@ def encoding_first(args: MultiTeacherKVConfig, rows: Dataset) -> Iterator[DataCo
 
 def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader) -> Dataset:
     """As `encoded`, for the student alone, and with what an answer is generated from."""
-    if "input_ids" in rows.column_names:
+    if "input_ids" in (rows.column_names or ()):
         return rows
     with encoding_first(args, rows) as data:
         rows = encode_rows(rows, reader, {}, data, keep=EVALUATED)
@@ -40,15 +52,14 @@ def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reade
     return rows
 
 
-def encoded(
-    rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, readers: Mapping[str, Reader],
-    stored: Mapping[str, StoredTeacher],
-) -> Dataset:  # fmt: skip
+def encoded(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, teachers: Mapping[str, Any]) -> Dataset:
     """Rows of text as ids, for the student and every teacher; rows that are encoded already stay as they are.
 
     ValueError where a stored teacher does not have them.
     """
-    if "input_ids" not in rows.column_names:
+    stored = stored_among(teachers)
+    if "input_ids" not in (rows.column_names or ()):
+        readers = {name: teacher.reader for name, teacher in teachers.items()}
         as_student = {name for name, teacher in stored.items() if not teacher.raw}
         own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
         with encoding_first(args, rows) as data:

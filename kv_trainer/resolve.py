@@ -20,6 +20,7 @@ from .data import Reader
 from .losses import DistillationLoss
 from .model_checks import tokens_of_text
 from .models import load_pretrained, load_random, load_student, load_tokenizer
+from .store.teacher import open_teacher
 from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,12 @@ def naming(section: str, model: Any) -> Iterator[None]:
         raise ValueError(f"{section} is '{model}': {error}") from error
 
 
-def check_given(args: Any, teachers: Any, rows: Any) -> None:
-    """ValueError for what the trainer cannot take, before anything is loaded."""
-    def kind(x: Any) -> str:
-        return type(x).__name__
+def kind(x: Any) -> str:
+    return type(x).__name__
 
+
+def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any) -> None:
+    """ValueError for what the trainer cannot take, before anything is loaded."""
     if not isinstance(args, MultiTeacherKVConfig):
         raise ValueError(f"args is a {kind(args)}; give MultiTeacherKVConfig, which has TrainingArguments' fields too.")
     if teachers is not None and not isinstance(teachers, Mapping):
@@ -55,8 +57,18 @@ def check_given(args: Any, teachers: Any, rows: Any) -> None:
     for name, loss in args.losses.items():
         if not isinstance(loss, DistillationLoss):
             raise ValueError(f"losses['{name}'] is {loss!r}; give one of kv_trainer.losses, such as KVRelationLoss().")
+    given = {"train_dataset": train_rows}
+    if isinstance(eval_rows, Mapping):
+        given |= {f"eval_dataset['{name}']": rows for name, rows in eval_rows.items()}
+    else:
+        given["eval_dataset"] = eval_rows
+    for name, rows in given.items():
+        check_rows(name, rows)
+
+
+def check_rows(name: str, rows: Any) -> None:
     if rows is not None and not isinstance(rows, Dataset | IterableDataset):  # a streamed one has its own error
-        raise ValueError(f"train_dataset is a {kind(rows)}; give a datasets.Dataset, such as Dataset.from_list(rows).")
+        raise ValueError(f"{name} is a {kind(rows)}; give a datasets.Dataset, such as Dataset.from_list(rows).")
 
 
 def resolve_student(
@@ -123,6 +135,19 @@ def resolve_teacher(
             "the pair (model, tokenizer)."
         )
     return Teacher(model, reader)
+
+
+def resolve_teachers(
+    given: Mapping[str, Any], args: MultiTeacherKVConfig, reader: Reader, layers: int
+) -> dict[str, Any]:
+    """A Teacher, or a StoredTeacher, of each. layers: how many of the student's have keys and values."""
+    weights = {name: getattr(teacher, "weight", 1.0) for name, teacher in given.items()}
+    return {
+        name: open_teacher(name, teacher, args, reader, layers, weights)
+        if isinstance(teacher, TeacherConfig) and teacher.source == "store"
+        else resolve_teacher(name, teacher, reader.tokenizer, args.device, args.seed)
+        for name, teacher in given.items()
+    }
 
 
 def checkpoint_large_student(args: MultiTeacherKVConfig, student: PreTrainedModel) -> None:

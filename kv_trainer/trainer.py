@@ -16,15 +16,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import profiling
 from .adapters import add_adapters, students_peft
-from .arguments import MultiTeacherKVConfig, TeacherConfig
+from .arguments import MultiTeacherKVConfig
 from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
-from .data import KVCollator, Reader, aligned_share, task_names
-from .encoding import encoded, encoded_to_evaluate
+from .data import Reader, aligned_share, task_names
+from .encoding import collator, encoded, encoded_to_evaluate
 from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
@@ -38,14 +38,14 @@ from .publish import HubTrainer
 from .report import save_layer_match
 from .resolve import (
     Loadable,
-    check_given,
+    check_rows,
+    check_types,
     checkpoint_large_student,
     numbered_rows,
     resolve_student,
-    resolve_teacher,
+    resolve_teachers,
 )
 from .routing import RoutingLog
-from .store.teacher import StoredTeacher, open_teacher
 from .teachers import Teacher
 from .text import turn_end
 
@@ -87,7 +87,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         peft_config: Any = None,
     ) -> None:
         args = MultiTeacherKVConfig() if args is None else args
-        check_given(args, teachers, train_dataset)
+        check_types(args, teachers, train_dataset, eval_dataset)
         set_seed(args.seed)  # before random students and projectors are drawn; Trainer does it again, too late
         self.recipe = recipe_of(model, teachers or {}, args, peft_config)
         args.remove_unused_columns = False
@@ -98,14 +98,13 @@ class MultiTeacherKVTrainer(HubTrainer):
             student, self.reader = resolve_student(model, processing_class)
             stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
-            self.teachers = self._resolve_teachers(dict(teachers or {}), args, shape)
+            self.teachers = resolve_teachers(teachers or {}, args, self.reader, shape.num_layers if shape else 0)
         self.manifest = describe_run(student, self.reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})
         if peft_config is not None:
             student = add_adapters(student, peft_config)
         self._build_bridge(student, shape, args)
-        collator = self._collator()
         train_dataset, eval_dataset = self._encode(train_dataset, eval_dataset, args)
         ours = self._watchers(args, train_dataset, shape.num_layers if shape else 1)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
@@ -115,7 +114,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or collator,
+            data_collator=data_collator or collator(self.reader, self.teachers),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.reader.tokenizer,
@@ -129,16 +128,6 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.remove_callback(PrinterCallback)
 
     # ---- what __init__ puts together
-
-    def _resolve_teachers(self, given: dict[str, Any], args: MultiTeacherKVConfig, shape: Any) -> dict[str, Any]:
-        """A Teacher, or a StoredTeacher, of each. shape: the student's."""
-        weights = {name: getattr(t, "weight", 1.0) for name, t in given.items()}
-        return {
-            name: open_teacher(name, t, args, self.reader, shape.num_layers, weights)
-            if isinstance(t, TeacherConfig) and t.source == "store"
-            else resolve_teacher(name, t, self.reader.tokenizer, args.device, args.seed)
-            for name, t in given.items()
-        }
 
     def _build_bridge(self, student: PreTrainedModel, shape: Any, args: MultiTeacherKVConfig) -> None:
         """The bridge, in the student; and every teacher, where it belongs and ready for what the bridge needs."""
@@ -159,20 +148,10 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
 
-    @property
-    def _stored(self) -> dict[str, StoredTeacher]:
-        return {name: t for name, t in self.teachers.items() if isinstance(t, StoredTeacher)}
-
-    def _collator(self) -> KVCollator:
-        pads = {name: teacher.reader.tokenizer.pad_token_id for name, teacher in self.teachers.items()}
-        stored = {name: (teacher.column, teacher.read) for name, teacher in self._stored.items()}
-        return KVCollator(self.reader.tokenizer.pad_token_id, pads, stored)
-
     def _encode(self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig) -> tuple[Dataset | None, Any]:
         """The rows to train on, for the student and every teacher, and those to evaluate on, for the student."""
         if train is not None:
-            readers = {name: teacher.reader for name, teacher in self.teachers.items()}
-            train = encoded(train, args, self.reader, readers, self._stored)
+            train = encoded(train, args, self.reader, self.teachers)
         if isinstance(evaluation, dict):
             return train, {name: encoded_to_evaluate(rows, args, self.reader) for name, rows in evaluation.items()}
         return train, None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader)
@@ -305,6 +284,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         if isinstance(rows, dict):
             each = (self.evaluate(some, ignore_keys, f"{metric_key_prefix}_{name}") for name, some in rows.items())
             return {name: value for found in each for name, value in found.items()}
+        check_rows("eval_dataset", rows)
         rows = encoded_to_evaluate(rows, self.args, self.reader)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()

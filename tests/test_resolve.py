@@ -70,6 +70,8 @@ def test_shares_that_are_no_numbers_stop_a_run(world: World, tmp_path: Path, mon
         ({"losses": {"cross_entropy": CrossEntropy(weight=0.0)}}, "No loss has a weight"),
         ({"fusion": "uniform"}, "fusion is 'uniform'; give one of kv_trainer.fusion"),
         ({"rows": ROWS}, "train_dataset is a list; give a datasets.Dataset"),
+        ({"eval_rows": ROWS}, "eval_dataset is a list; give a datasets.Dataset"),
+        ({"eval_rows": {"one": ROWS}}, "eval_dataset\\['one'\\] is a list; give a datasets.Dataset"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(world: World, tmp_path: Path, given: dict, said: str) -> None:
@@ -81,8 +83,9 @@ def test_mistakes_are_told_before_anything_is_loaded(world: World, tmp_path: Pat
     rows = given.get("rows", world.encoded)
     with pytest.raises(ValueError, match=said):
         MultiTeacherKVTrainer(
-            world.student(), given.get("teachers", {}), args, rows, processing_class=world.tokenizer(40)
-        )
+            world.student(), given.get("teachers", {}), args, rows, given.get("eval_rows"),
+            processing_class=world.tokenizer(40),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ["nowhere", "no_model"])
@@ -114,5 +117,9 @@ def test_several_sets_are_evaluated_by_name(world: World, tmp_path: Path) -> Non
     found = trainer.evaluate()
     alone = trainer.evaluate(rows.select(range(3)))
     assert found["eval_two_loss"] == pytest.approx(alone["eval_loss"]) != found["eval_one_loss"]
+    with pytest.raises(ValueError, match="eval_dataset is a str; give a datasets.Dataset"):
+        trainer.evaluate("one")
+    with pytest.raises(ValueError, match="without streaming=True"):
+        trainer.evaluate(rows.to_iterable_dataset())
     with pytest.raises(ValueError, match="Call evaluate"):
         trainer.predict(rows)
