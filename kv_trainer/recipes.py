@@ -175,6 +175,18 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     write_text(path, dump_recipe(recipe))
 
 
+def saved_recipe(folder: Path) -> str:
+    """The recipe of the run in `folder`, as dump_recipe gives it; settings it does not know yet have their defaults."""
+    return dump_recipe(load_recipe(folder / "recipe.yaml"))
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    """A dumped recipe as what two runs of the same settings share: not how many processes encoded its rows."""
+    found: dict[str, Any] = yaml.safe_load(recipe)
+    (found.get("data") or {}).pop("num_proc", None)
+    return found
+
+
 def by_name(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(value) for name, value in section.items()}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import transformers
-import yaml
 from rich.console import Console
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -25,7 +24,8 @@ from .files import write_text
 from .manifest import STATE_FILE, differences, last_whole
 from .models import load_tokenizer, same_tokenizer, stop_where_taught
 from .quick import SUFFIX
-from .recipes import dump_recipe
+from .recipe_tree import RecipeError
+from .recipes import dump_recipe, saved_recipe, settings_of
 from .store.teacher import StoredTeacher
 from .text import turn_end
 from .trainer import MultiTeacherKVTrainer
@@ -74,10 +74,11 @@ def check_folder(folder: Path, asked: str) -> None:
             f"{folder} holds {', '.join(weights)} of an earlier run, which cannot be resumed; give another "
             "training.output_dir, or remove them."
         )
-    saved = folder / "recipe.yaml"
-    if (folder / RESULTS).exists() and saved.exists() and not folder.name.endswith(SUFFIX):
-        texts = saved.read_text(encoding="utf-8"), asked
-        changed = differences(*map(yaml.safe_load, texts))
+    if (folder / RESULTS).exists() and (folder / "recipe.yaml").exists() and not folder.name.endswith(SUFFIX):
+        try:
+            changed = differences(settings_of(saved_recipe(folder)), settings_of(asked))
+        except RecipeError as error:  # of another version, or its files are gone
+            changed = [str(error)]
         if changed:
             raise ValueError(
                 f"{folder} holds a finished run of other settings ({'; '.join(changed[:3])}), which would be "

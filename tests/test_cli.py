@@ -238,7 +238,16 @@ def test_a_finished_run_is_not_overwritten_by_another(capsys: pytest.CaptureFixt
     before = Path("out/model.safetensors").read_bytes()
     code, _, err = run(capsys, *train, "--training.learning_rate=1")
     assert code == 2 and "out holds a finished run of other settings (training.learning_rate was" in err
-    assert Path("out/model.safetensors").read_bytes() == before and run(capsys, *train)[0] == 0
+    assert Path("out/model.safetensors").read_bytes() == before
+    assert run(capsys, *train, "--data.num_proc=1")[0] == 0, "how many processes encoded its rows is no other run"
+    saved = Path("out/recipe.yaml")
+    known = yaml.safe_load(saved.read_text())
+    del known["monitor"]  # as one of a version that did not have it yet
+    saved.write_text(yaml.safe_dump(known))
+    assert run(capsys, *train)[0] == 0
+    saved.write_text(yaml.safe_dump({**known, "newer": {}}))
+    code, _, err = run(capsys, *train)
+    assert code == 2 and "out holds a finished run of other settings (Unknown key 'newer' in out/recipe.yaml" in err
 
 
 def test_traceback_on_request() -> None:

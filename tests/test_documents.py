@@ -78,7 +78,7 @@ def test_the_runs_of_a_published_study_are_those_of_its_results(archive: Path) -
 
 def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
-        "seeds": [1, 2], "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
+        "seeds": [1, 2], "against": "a", "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
         "budget": {"a": {"steps": 1200.0}}, "reached": {"b": {"steps": [240, 360]}},
         "comparisons": [
             {"arm": "a", "against": other, "metric": "accuracy", "p": p} for other, p in (("c", 0.03), ("b", 0.2))
@@ -93,7 +93,10 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
              "a-b accuracy": "+50.0 points", "a accuracy p": "0.030", "a-b accuracy p": "0.200"}  # fmt: skip
     for mark, shown in marks.items():
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
-    wrong = ("a-d accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p")
+    wrong = (
+        "a-d accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p",
+        "b-c reached_steps",
+    )  # fmt: skip
     for mark in wrong:
         with pytest.raises(LookupError):
             publish.fill(f"<!-- s {mark} -->x<!-- / -->")

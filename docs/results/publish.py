@@ -7,8 +7,8 @@ A document takes a figure from docs/results/NAME/results.json between two commen
 `<!-- NAME ARM METRIC -->91.2% ± 3.7<!-- / -->`. METRIC is one of the arms' metrics, or steps, tokens or seconds of the
 budget; `ARM METRIC mean` and `ARM METRIC SEED` are the mean alone and one seed's value; `ARM-OTHER METRIC` is the
 difference of two means; `ARM METRIC p` is the p of its comparison, `ARM-OTHER METRIC p` of that with OTHER.
-`ARM-OTHER reached_steps` and `reached_seconds`: after which share of all that OTHER took, ARM was where OTHER ended, if
-that is the arm that all are compared with.
+`ARM-OTHER reached_steps` and `reached_seconds`: after which share of all that OTHER took, the arm that all are compared
+with, ARM was where OTHER ended.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def figure(name: str, arm: str, metric: str, other: str | None = None, form: str
     """A figure of a published experiment, as documents show it. LookupError where there is none."""
     found, of_budget = results(name), metric in ("steps", "tokens", "seconds")
     if metric.startswith("reached_") and other and not form:
+        if other != found["against"]:
+            raise LookupError(f"<!-- {name} {arm}-{other} {metric} -->: it was measured for {found['against']} alone")
         unit_of = metric.removeprefix("reached_")
         return f"{mean(found['reached'][arm][unit_of]) / found['budget'][other][unit_of]:.0%}"
     if (other and form not in (None, "p")) or (of_budget and (other or form)):

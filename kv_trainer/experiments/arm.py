@@ -25,12 +25,12 @@ from ..files import write_text
 from ..losses import CrossEntropy
 from ..manifest import differences, last_whole
 from ..profiling import clocks
-from ..recipes import dump_recipe, load_recipe
+from ..recipes import dump_recipe, load_recipe, saved_recipe, settings_of
 from ..run import leave_together, train
 from ..store.teacher import StoredTeacher
 from ..trainer import MultiTeacherKVTrainer
 from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
-from .jobs import RECORD, settings_of
+from .jobs import RECORD
 
 
 class Recorder(TrainerCallback):
@@ -160,12 +160,9 @@ def goes_on(folder: Path, recipe: Recipe) -> bool:
     ValueError if it is of other settings.
     """
     checkpoint, _ = last_whole(folder)
-    saved = folder / "recipe.yaml"
-    if checkpoint is None or not saved.exists():
+    if checkpoint is None or not (folder / "recipe.yaml").exists():
         return False
-    texts = (dump_recipe(one) for one in (load_recipe(saved), recipe))
-    before, now = map(settings_of, texts)
-    found = differences(before, now)
+    found = differences(settings_of(saved_recipe(folder)), settings_of(dump_recipe(recipe)))
     if found:
         raise ValueError(f"{folder} holds a begun run of other settings: {'; '.join(found)}. Remove it to begin anew.")
     records = list(folder.glob("progress-*.json"))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..recipe_values import suggest
+from ..recipes import settings_of
 from ..report import format_duration, print_whole
 from .experiment import Experiment, load_experiment
 from .fairness import violations
@@ -22,9 +22,11 @@ from .jobs import Job
 from .report import write_report
 from .results import Study, study_of
 from .runner import Runner, alone
-from .shared import TAKEN, finished
+from .shared import TAKEN, finished, without_place
 from .statistics import Comparison, mean
 from .words import figure_of, finding_of, p_words, percent
+
+SAME = "{} and {} are one and the same: their settings do not differ"
 
 
 def compare(
@@ -50,7 +52,7 @@ def compare(
     numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
     check_arms(experiment)
     for first, second in twins(experiment):
-        console.print(f"{first} and {second} are one and the same: their settings do not differ", style="yellow")
+        console.print(SAME.format(first, second), style="yellow", markup=False, highlight=False)
     jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
     extra = [arm for arm in chosen if arms and arm not in arms]
     if extra:
@@ -113,16 +115,10 @@ def check_arms(experiment: Experiment) -> None:
 
 def twins(experiment: Experiment) -> list[tuple[str, str]]:
     """Arms whose runs differ in nothing but the name: a change that was meant has no effect."""
-    seed, found = experiment.seeds[0], []
-    seen: dict[str, str] = {}
-    for arm in (name for name, arm in experiment.arms.items() if not arm.seconds_of):
-        settings = yaml.safe_load(Job(experiment, arm, seed).recipe_text())
-        settings["training"].pop("output_dir")
-        text = json.dumps(settings, sort_keys=True)
-        if text in seen:
-            found.append((seen[text], arm))
-        seen.setdefault(text, arm)
-    return found
+    names = [name for name, arm in experiment.arms.items() if not arm.seconds_of]
+    texts = {name: Job(experiment, name, experiment.seeds[0]).recipe_text() for name in names}
+    each = {name: without_place(settings_of(text)) for name, text in texts.items()}
+    return [(one, other) for one, other in combinations(names, 2) if each[one] == each[other]]
 
 
 def describe(path: str, quick: bool = False) -> str:
@@ -131,7 +127,8 @@ def describe(path: str, quick: bool = False) -> str:
     check_arms(experiment)
     runs = len(experiment.arms) * len(experiment.seeds)
     arms = ", ".join(experiment.arms)
-    return f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}"
+    same = "".join(f"; {SAME.format(*pair)}" for pair in twins(experiment))
+    return f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}{same}"
 
 
 def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mapping[tuple[str, int], Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -219,12 +219,13 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
     experiment.against = experiment.against or names[0]
     named = [("against", experiment.against, tree.at("against"))]
     named += [("quick.arms", name, tree.at("quick", "arms")) for name in experiment.quick.arms]
-    changed = {"overrides": experiment.overrides, **{f"arms.{n}": arm.set for n, arm in experiment.arms.items()}}
+    changed = {"overrides": experiment.overrides, "quick.overrides": experiment.quick.overrides}
+    changed |= {f"arms.{name}": arm.set for name, arm in experiment.arms.items()}
     for where, settings in changed.items():
-        for key in settings:
+        for key in names_in(settings):
             if key in OURS:
                 raise RecipeError(f"{where} sets {key}, which would be ignored: an experiment has its own {OURS[key]}.")
-            if str(key).endswith("token"):
+            if key.endswith("token"):
                 raise RecipeError(f"{where} sets {key}, which the report would show; set HF_TOKEN in the environment.")
     for name, arm in experiment.arms.items():
         for key in ("like", "seconds_of", "against"):
@@ -249,6 +250,14 @@ def check_names(experiment: Experiment, tree: Node, arms: Node) -> None:
                 raise RecipeError(f"arms.{name} {arms.at(name)} leads back to itself by like or seconds_of.")
             waiting += [other for other in others if other not in seen]
             seen.update(others)
+
+
+def names_in(settings: Mapping[Any, Any], before: str = "") -> Iterator[str]:
+    """The name of every setting, also of those in a section that is given whole."""
+    for key, value in settings.items():
+        yield f"{before}{key}"
+        if isinstance(value, Mapping):
+            yield from names_in(value, f"{before}{key}.")
 
 
 def set_places(experiment: Experiment, tree: Node, path: Path) -> None:

@@ -13,18 +13,11 @@ import yaml
 
 from ..manifest import differences
 from ..recipe_tree import RecipeError
-from ..recipes import dump_recipe, load_recipe
+from ..recipes import dump_recipe, load_recipe, saved_recipe, settings_of
 from .experiment import Experiment
 
 RECORD, LOG = "arm.json", "log.txt"
 HERE = "in the experiment"  # where messages say that what an arm changes was written
-
-
-def settings_of(recipe: str) -> dict[str, Any]:
-    """A recipe's text as what two runs of the same settings share: not how many processes encoded its rows."""
-    found: dict[str, Any] = yaml.safe_load(recipe)
-    (found.get("data") or {}).pop("num_proc", None)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +61,6 @@ class Job:
         teachers = (yaml.safe_load(self.recipe_text()).get("teachers") or {}).values()
         return any((teacher or {}).get("device_map") for teacher in teachers)
 
-    @staticmethod
-    def saved(folder: Path) -> str:
-        """The recipe with which a finished run was made; settings it does not know yet have their defaults."""
-        return dump_recipe(load_recipe(folder / "recipe.yaml"))
-
     def record(self) -> dict[str, Any] | None:
         """What the finished run left; None where it is not finished. ValueError if it is of other settings."""
         path = self.folder / RECORD
@@ -80,7 +68,7 @@ class Job:
             return None
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         now = self.recipe_text(self.given_steps(record))
-        found = differences(settings_of(self.saved(self.folder)), settings_of(now))
+        found = differences(settings_of(saved_recipe(self.folder)), settings_of(now))
         if found:
             raise ValueError(
                 f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "

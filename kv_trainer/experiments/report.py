@@ -52,7 +52,7 @@ def as_json(study: Study) -> str:
     there = reached(study)
     content = {
         "experiment": study.experiment.path, "quick": study.experiment.is_quick, "seeds": study.seeds,
-        "arms": study.values,
+        "against": study.experiment.against, "arms": study.values,
         "budget": {a: {n: study.budget(a, n) for n in ("steps", "tokens", "seconds")} for a in study.arms},
         "comparisons": [asdict(comparison) for comparison in study.comparisons],
         "contributions": [

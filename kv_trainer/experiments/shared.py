@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..files import write_text
+from ..recipes import saved_recipe, settings_of
 from .archive import runs_in
 from .jobs import LOG, RECORD, Job
 
@@ -28,7 +27,7 @@ def take_finished(job: Job) -> bool:
     begun = job.folder.exists() and any(path.name != LOG for path in job.folder.iterdir())
     if job.experiment.arms[job.arm].seconds_of is not None or begun:
         return False
-    wanted = without_place(yaml.safe_load(job.recipe_text()))
+    wanted = without_place(settings_of(job.recipe_text()))
     for place in job.experiment.runs_from:
         for path in finished(place, job.seed):
             if settings(path) == wanted and json.loads(path.read_text(encoding="utf-8")).get("processes", 1) == 1:
@@ -45,7 +44,7 @@ def finished(place: str, seed: int | str = "*") -> list[Path]:
 def settings(record: Path) -> dict[str, Any] | None:
     """Of a finished run; None where they cannot be read here, and so are not those of any run that can be made here."""
     try:
-        return without_place(yaml.safe_load(Job.saved(record.parent)))
+        return without_place(settings_of(saved_recipe(record.parent)))
     except (ValueError, OSError):
         return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kv_trainer.cli import main
-from kv_trainer.experiments.compare import check_arms, choose, twins
+from kv_trainer.experiments.compare import check_arms, choose, describe, twins
 from kv_trainer.experiments.experiment import is_experiment, load_experiment
 from kv_trainer.experiments.jobs import Job, as_word, equal_steps
 from kv_trainer.recipe_tree import RecipeError
@@ -114,6 +114,7 @@ def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
 def test_arms_that_are_one_and_the_same_are_found() -> None:
     Path("e.yaml").write_text(BASE + "  again: {set: {losses.kv_relation: {}}}\n")
     assert twins(load_experiment("e.yaml")) == [("full", "again")]
+    assert "; full and again are one and the same" in describe("e.yaml")
 
 
 def test_words_of_the_command_line_are_yaml() -> None:
@@ -138,6 +139,9 @@ def test_validate_takes_both(capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "said"),
     [
         ("arms: {a: {set: {training.seed: 5}}}", "arms.a sets training.seed, which would be ignored: .* own seeds"),
+        ("arms: {a: {set: {training: {seed: 5}}}}", "arms.a sets training.seed, which would be ignored"),
+        ("quick: {overrides: {training.seed: 5}}\narms: {a: {}}", "quick.overrides sets training.seed, which would be"),
+        ("arms: {a: {set: {training: {hub_token: hf_x}}}}", "arms.a sets training.hub_token, which the report"),
         ("overrides: {training.output_dir: x}\narms: {a: {}}", "overrides sets training.output_dir, .* own output_dir"),
         ("metrics: [acuracy]\narms: {a: {}}", "metrics .*names 'acuracy'. Did you mean 'accuracy'"),
     ],

@@ -46,7 +46,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: "{training: {max_steps: 10}}")
-    monkeypatch.setattr(Job, "saved", staticmethod(lambda folder: (folder / "recipe.yaml").read_text()))
+    for module in ("jobs", "shared"):
+        monkeypatch.setattr(
+            f"kv_trainer.experiments.{module}.saved_recipe", lambda folder: (folder / "recipe.yaml").read_text()
+        )
     Path("r.yaml").write_text("x")
     Path("fake.py").write_text(FAKE)
     return tmp_path
@@ -119,7 +122,7 @@ def test_a_begun_run_stays_and_one_that_cannot_be_read_is_passed_by(monkeypatch:
             raise ValueError("Unknown key")
         return "{training: {max_steps: 10}}"
 
-    monkeypatch.setattr(Job, "saved", staticmethod(saved))
+    monkeypatch.setattr("kv_trainer.experiments.shared.saved_recipe", saved)
     one = runner("{ce: {}}")
     one.experiment.runs_from = ["other"]
     job = Job(one.experiment, "ce", 1)
