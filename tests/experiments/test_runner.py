@@ -203,6 +203,7 @@ def test_whatever_stops_it_stops_the_runs(monkeypatch: pytest.MonkeyPatch) -> No
             stopped.wait(5)
 
     stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=interrupt, daemon=True).start()
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -210,6 +211,7 @@ def test_whatever_stops_it_stops_the_runs(monkeypatch: pytest.MonkeyPatch) -> No
             one.run(jobs(one))
         finally:
             stopped.set()
+            signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun < 30
     assert started and all(process.poll() is not None for process in started)
 
