@@ -1,7 +1,8 @@
 """Runs that are killed, again and again, until one comes to its end: python killed.py FOLDER. test_faults.py starts it.
 
 Every run is a fork of this process, which has imported everything and started no thread, so that it begins at once.
-The first kills come at a random file operation (an audit hook sees opens and renames), the others at a random time.
+The first kills come at a random file operation (an audit hook sees opens and renames), the others at a random time
+behind one of the next checkpoints: on any machine, however fast, they come before the last step.
 """
 
 from __future__ import annotations
@@ -58,6 +59,20 @@ def kill_at_file_operation(folder: Path, count: int) -> None:
     sys.addaudithook(hook)
 
 
+def step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def kill_behind_checkpoint(child: int, folder: Path, step: int, seconds: float) -> None:
+    """Kill a run so many seconds after a checkpoint of `step`, or a later one, is there."""
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if any(step_of(path) >= step for path in folder.glob("checkpoint-*")):
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+            return
+        time.sleep(0.002)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -78,8 +93,7 @@ def main() -> None:
             train(folder, resume=before is not None)
             os._exit(0)
         if BY_FILE <= attempt < BY_FILE + BY_TIME:
-            time.sleep(draw.uniform(1.0, 1.8))
-            os.kill(child, signal.SIGKILL)
+            kill_behind_checkpoint(child, folder, step_of(before) + draw.randrange(1, 7), draw.uniform(0, 0.05))
         status = os.waitpid(child, 0)[1]
         after, passed = last_whole(folder)
         records.append({
