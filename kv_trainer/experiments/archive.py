@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import zipfile
 from collections.abc import Iterable
 from functools import cache
@@ -18,6 +19,7 @@ KEPT = (RECORD, "recipe.yaml", "config.json", "routing.json", METRICS_FILE, PRED
 MEMBER = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]*/({'|'.join(map(re.escape, KEPT))})")
 LARGEST = 64 * 2**20  # bytes of one member: more is no record of a run
 SAME_DATE = (1980, 1, 1, 0, 0, 0)  # the same runs give the same file
+ONE_AT_A_TIME = threading.Lock()
 
 
 def pack(jobs: Iterable[Job], target: Path) -> None:
@@ -36,7 +38,10 @@ def runs_in(place: str) -> Path:
 
     ValueError for an archive that holds anything else.
     """
-    return Path(unpacked(place).name) if Path(place).is_file() else Path(place)
+    if not Path(place).is_file():
+        return Path(place)
+    with ONE_AT_A_TIME:  # a cache alone lets threads unpack it twice, and drops a folder that is in use
+        return Path(unpacked(place).name)
 
 
 @cache

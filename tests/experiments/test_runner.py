@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,19 @@ def test_runs_are_taken_from_an_archive_of_another_checkout() -> None:
     assert again.run(jobs(again)) == {} and Path("log").read_text().count("\n") == 4
     assert again.records["ce", 2]["taken_from"] == "runs.zip/ce-2"
     assert sorted(p.name for p in Path("elsewhere/ce-1").iterdir()) == ["arm.json", "recipe.yaml"]
+
+
+def test_an_archive_is_unpacked_once_for_runs_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that unpack it at once, the folder of one would be gone before its runs are copied."""
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
+        archive.writestr("ce-1/arm.json", "{}")
+    inner = zipfile.ZipFile.extractall
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", lambda *given: (time.sleep(0.1), inner(*given)))
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(runs_in, [str(tmp_path / "runs.zip")] * 4))
+    assert len(found) == 1 and (found.pop() / "ce-1" / "arm.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../arm.json", "/ce-1/arm.json", "ce-1/../../arm.json", "..x/arm.json", "ce-1/a.pkl"])
