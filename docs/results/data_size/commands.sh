@@ -1,0 +1,32 @@
+#!/bin/sh
+set -e
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/ce_4000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/ce_4000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/ce_4000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 2000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/ce_2000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 2000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/ce_2000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 2000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/ce_2000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 1000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/ce_1000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 1000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/ce_1000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 1000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/ce_1000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 500 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/ce_500-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 500 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/ce_500-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.max_train_samples 500 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/ce_500-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.path outputs/quickstart_8000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/ce_8000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.path outputs/quickstart_8000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/ce_8000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --teachers null --losses.kv_relation null --data.path outputs/quickstart_8000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/ce_8000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/two_4000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/two_4000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/two_4000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.path outputs/quickstart_8000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/two_8000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.path outputs/quickstart_8000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/two_8000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.path outputs/quickstart_8000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/two_8000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 2000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/two_2000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 2000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/two_2000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 2000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/two_2000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 1000 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/two_1000-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 1000 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/two_1000-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 1000 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/two_1000-3-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 500 --training.seed 1 --training.output_dir outputs/experiments/quickstart_data_size/two_500-1-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 500 --training.seed 2 --training.output_dir outputs/experiments/quickstart_data_size/two_500-2-again
+OMP_NUM_THREADS=1 kv-trainer train recipes/quickstart/two_teachers.yaml --data.max_train_samples 500 --training.seed 3 --training.output_dir outputs/experiments/quickstart_data_size/two_500-3-again
