@@ -375,6 +375,13 @@ class MultiTeacherKVConfig(TrainingArguments):
         super().__post_init__()
         for name in CHECKPOINTING if unsaid else ():
             setattr(self, name, None)
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs:g}: nothing would be trained; give more than 0."
+            )
 
 
 @dataclass

@@ -45,7 +45,10 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
                 from .experiments.compare import describe
 
                 refuse(overrides, "an experiment")
-                print(describe(path, options.quick))
+                line, told = describe(path, options.quick)
+                for message in told:
+                    print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
+                print(line)
                 continue
             recipe = load(path, overrides, options.quick)
             for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):

@@ -93,7 +93,7 @@ def _draw_evaluations(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 def dress(axes: Axes, title: str, across: str = "") -> None:
     """The plain look of all panels. across: what their x axis counts."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)  # it may be the name of a task
     axes.set_xlabel(across, fontsize=9, color=INK)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .arguments import DataConfig, TimeAlignment
@@ -47,10 +48,14 @@ CODE = digest_of(Path(__file__).parent)
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
     """One split of a hub name, a folder, or a file (which is all 'train'), at most `limit` rows of it."""
     path = Path(config.path)
-    if path.suffix in FILE_BUILDERS:
-        data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path))
-    else:
-        data = load_dataset(config.path, config.name)
+    try:
+        if path.suffix in FILE_BUILDERS:
+            data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path))
+        else:
+            data = load_dataset(config.path, config.name)
+    except (DatasetGenerationError, StopIteration) as error:  # a broken row; an empty file
+        why = error.__cause__ or error
+        raise ValueError(f"{config.path} cannot be read as rows: {why or 'it is empty'}.") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise ValueError(f"{config.path} has no split '{split}'; it has {', '.join(data)}.")

@@ -110,8 +110,12 @@ def write_predictions(target: str | os.PathLike[str], found: list[dict[str, Any]
 
 
 def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What `write_predictions` wrote; ValueError names a file that is damaged."""
     with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is damaged, for a line is no JSON: {error}") from error
 
 
 def sequence_nll(

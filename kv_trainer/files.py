@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SAVING = ".saving-"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -62,3 +64,12 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole, in UTF-8."""
     with beside(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """A JSON file's content; ValueError names a file that is damaged."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is damaged, for it is no JSON: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,11 +66,23 @@ def load_pretrained(config: ModelConfig, device: torch.device | None = None) -> 
         options["quantization_config"] = quantization(config.quantization, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
     if isinstance(config, TeacherConfig) and config.device_map:
+        check_devices(config.device_map)
         options["device_map"] = config.device_map
     try:
         return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **options)
     except SafetensorError as error:
         raise ValueError(f"The weights of {config.model} cannot be read ({error}); fetch them again.") from error
+
+
+def check_devices(device_map: str | dict[str, Any]) -> None:
+    """ValueError for a GPU that is not there: torch would fail with an assertion of its own."""
+    count = torch.cuda.device_count()
+    for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        named = re.fullmatch(r"cuda(?::(\d+))?", str(place))
+        if named and int(named[1] or 0) >= count:
+            raise ValueError(
+                f"device_map names {place}, and this process sees {count} GPUs; name one it sees, or auto."
+            )
 
 
 def load_random(config: ModelConfig, seed: int) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from .losses import LOSSES, needs_teacher
 from .recipe_tree import Node, RecipeError
 from .recipe_values import suggest
 
+MEASURED = ("loss", "perplexity", "accuracy", "accuracy_macro")  # by an evaluation, besides each task's accuracy
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -80,6 +81,7 @@ def check_evaluation(recipe: Recipe, tree: Node) -> None:
     if args.eval_strategy != "no" and args.data.eval_split is None:
         asked = tree.at("training", "eval_strategy")
         raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
+    check_best(recipe, tree)
     if args.evaluation.answer_pattern in RULES:
         return
     try:
@@ -90,6 +92,34 @@ def check_evaluation(recipe: Recipe, tree: Node) -> None:
         hint = suggest(args.evaluation.answer_pattern, list(RULES))
         known = f"put the answer in one, '#### (.+)', or name a rule: {', '.join(RULES)}"
         raise RecipeError(f"evaluation.answer_pattern {where} has no group; {known}.{hint}")
+
+
+def check_best(recipe: Recipe, tree: Node) -> None:
+    """What the best checkpoint is told by must be measured; Trainer would find out after the first evaluation."""
+    args, where = recipe.args, tree.at("training", "metric_for_best_model")
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if name not in MEASURED and not name.startswith("accuracy_"):
+        known = [*MEASURED, "accuracy_TASK"]
+        hint = suggest(name, known)
+        raise RecipeError(f"training.metric_for_best_model {where} is '{name}'; give one of {', '.join(known)}.{hint}")
+    if name.startswith("accuracy") and not args.evaluation.generate:
+        raise RecipeError(f"training.metric_for_best_model {where} is '{name}', which needs evaluation.generate: true.")
+
+
+def check_compiler(recipe: Recipe, tree: Node) -> None:
+    backend = recipe.args.torch_compile_backend
+    if not recipe.args.torch_compile or backend in (None, "inductor"):
+        return
+    from torch.compiler import list_backends
+
+    known = list_backends(exclude_tags=())
+    if backend not in known:
+        where, hint = tree.at("training", "torch_compile_backend"), suggest(backend, known)
+        raise RecipeError(
+            f"training.torch_compile_backend {where} is '{backend}'; this torch has {', '.join(known)}.{hint}"
+        )
 
 
 def check_around(recipe: Recipe, tree: Node) -> None:
@@ -117,3 +147,4 @@ def check(recipe: Recipe, tree: Node) -> None:
     check_store(recipe, tree)
     check_evaluation(recipe, tree)
     check_around(recipe, tree)
+    check_compiler(recipe, tree)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_text
+from .files import read_json, write_text
 
 logger = logging.getLogger(__name__)
 ROUTING_FILE = "kv_routing.json"  # in a checkpoint: the sums so far
@@ -77,7 +77,7 @@ class RoutingLog:
         if folder is None or len(self.teachers) < 2:
             return
         path = folder / ROUTING_FILE
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
         same = {name: found.get(name) for name in self._names()} == self._names()
         if same and found["sums"] is not None:
             self.total = torch.tensor(found["sums"], dtype=torch.float32)

@@ -168,6 +168,10 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
     data = recipe.args.data
     if not data.eval_split:
         raise ValueError("data.eval_split is null in the recipe, so there is nothing to evaluate on.")
+    if predictions is not None and Path(predictions).is_dir():  # else the results would be lost at the end
+        raise ValueError(
+            f"--predictions {predictions} is a folder; name a file in it, such as {predictions}/rows.jsonl."
+        )
     trusted = recipe.student.trust_remote_code
     student = load_trained(model, recipe.student.model, trusted).to(recipe.args.device)
     tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))

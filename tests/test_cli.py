@@ -179,6 +179,11 @@ def test_user_errors_write_nothing(capsys: pytest.CaptureFixture[str], arguments
     assert sorted(os.listdir()) == before
 
 
+def test_results_are_not_lost_to_a_wrong_place_for_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "evaluate", "student", "--recipe", "r.yaml", "--predictions", ".")
+    assert code == 2 and "--predictions . is a folder; name a file in it" in err
+
+
 def test_whole_sections_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "validate", "--teachers", "null", "r.yaml", "--losses={kv_relation: null}")
     assert (code, err) == (0, "") and out.endswith("teachers none; losses cross_entropy x 1\n")

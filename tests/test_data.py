@@ -708,6 +708,13 @@ def test_a_file_is_its_train_split_only(folder, name):
         load_split(config, "test", None)
 
 
+@pytest.mark.parametrize("text", ['{"prompt": "a"}\n{"prompt": \n', ""])
+def test_a_file_without_whole_rows_is_named(folder, text):
+    (folder / "bad.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"bad.jsonl cannot be read as rows: \S+"):
+        load_split(DataConfig(path=str(folder / "bad.jsonl")), "train", None)
+
+
 def test_several_processes_encode_the_same_rows(tiny_tokenizer):
     rows = Dataset.from_list([{"prompt": f"what is {i}?", "completion": f" {i}"} for i in range(5)])
     student, teachers = Reader(tiny_tokenizer()), {"t": Reader(tiny_tokenizer(0))}

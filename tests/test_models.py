@@ -10,7 +10,7 @@ from helpers_models import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kv_trainer.arguments import ModelConfig, StudentConfig
+from kv_trainer.arguments import ModelConfig, StudentConfig, TeacherConfig
 from kv_trainer.capture import attention_layers
 from kv_trainer.models import freeze, keep_layers, load_pretrained, load_student, load_tokenizer, same_tokenizer
 
@@ -102,6 +102,9 @@ def test_student_is_loaded_pruned_and_frozen(tiny_model, saved):
     torch.testing.assert_close(student(IDS).logits, expected(IDS).logits)
     assert not student.model.embed_tokens.weight.requires_grad
     assert load_pretrained(ModelConfig(model=saved, dtype="bfloat16")).dtype == torch.bfloat16
+    for places in ("cuda:97", {"model": "cpu", "lm_head": "cuda:97"}):
+        with pytest.raises(ValueError, match="device_map names cuda:97, and this process sees"):
+            load_pretrained(TeacherConfig(model=saved, device_map=places))
     assert load_pretrained(ModelConfig(model=saved, attn_implementation="eager")).config._attn_implementation == "eager"
 
 

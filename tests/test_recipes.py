@@ -465,6 +465,23 @@ def test_what_is_around_the_steps_is_read_and_saved() -> None:
             "accumulation: {steps: [2, 4], at: [0.0, 0.5]}\ntraining: {gradient_accumulation_steps: 8}",
             "accumulation in recipes/x.yaml, line 3: training.gradient_accumulation_steps is 8, but",
         ),
+        (
+            "training: {gradient_accumulation_steps: 0}",
+            "training in recipes/x.yaml, line 3: gradient_accumulation_steps is 0; give 1 or more",
+        ),
+        ("training: {num_train_epochs: 0}", "training in recipes/x.yaml, line 3: num_train_epochs is 0: nothing would"),
+        (
+            "training: {torch_compile: true, torch_compile_backend: inducto}",
+            "training.torch_compile_backend in recipes/x.yaml, line 3 is 'inducto'; this torch has",
+        ),
+        (
+            "training: {eval_strategy: steps, eval_steps: 5, metric_for_best_model: acuracy}",
+            "training.metric_for_best_model in recipes/x.yaml, line 3 is 'acuracy'; give one of loss, perplexity,",
+        ),
+        (
+            "evaluation: {generate: false}\ntraining: {eval_strategy: epoch, metric_for_best_model: accuracy_sums}",
+            "training.metric_for_best_model in recipes/x.yaml, line 4 is 'accuracy_sums', which needs evaluation.gen",
+        ),
     ],
 )
 def test_errors_around_the_steps(text: str, message: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,9 @@ from .jobs import RECORD, Job
 KEPT = (RECORD, "recipe.yaml", "config.json", "routing.json", METRICS_FILE, PREDICTIONS)
 MEMBER = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]*/({'|'.join(map(re.escape, KEPT))})")
 LARGEST = 64 * 2**20  # bytes of one member: more is no record of a run
+LARGEST_SUM = 2**30  # bytes of all of them
+# What zipfile raises for an archive that is cut off or damaged, or is encrypted.
+DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 SAME_DATE = (1980, 1, 1, 0, 0, 0)  # the same runs give the same file
 ONE_AT_A_TIME = threading.Lock()
 
@@ -55,7 +60,12 @@ def unpacked(place: str) -> TemporaryDirectory[str]:
                         f"runs_from: {place} holds '{member.filename}', which is no part of a run; such a file has "
                         f"ARM-SEED/ and one of {', '.join(KEPT)}."
                     )
+            size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST_SUM:
+                raise ValueError(
+                    f"runs_from: {place} would take {size / 2**30:.1f} GiB; no archive of runs is so large."
+                )
             archive.extractall(found.name)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"runs_from: {place} is neither a folder nor an archive of runs: {error}.") from error
+    except DAMAGE as error:
+        raise ValueError(f"runs_from: {place} is neither a folder nor a whole archive of runs: {error}.") from error
     return found

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..arguments import Recipe
 from ..facts import hardware
-from ..files import write_text
+from ..files import read_json, write_text
 from ..losses import CrossEntropy
 from ..manifest import differences, last_whole
 from ..profiling import clocks
@@ -79,7 +79,7 @@ class Recorder(TrainerCallback):
         if done and not self.kept.exists():
             raise ValueError(f"{args.output_dir} has checkpoints without a record of their rows; remove them.")
         if done:
-            saved = json.loads(self.kept.read_text(encoding="utf-8"))
+            saved = read_json(self.kept)
             self.rows = [[torch.tensor(rows) for rows in step] for step in saved["rows"][:done]]
             self.tokens, self.samples = saved["tokens"][:done], saved["samples"][:done]
             self.clocks = {name: each[:done] for name, each in saved["clocks"].items()}
@@ -167,7 +167,7 @@ def goes_on(folder: Path, recipe: Recipe) -> bool:
         raise ValueError(f"{folder} holds a begun run of other settings: {'; '.join(found)}. Remove it to begin anew.")
     records = list(folder.glob("progress-*.json"))
     steps = int(checkpoint.name.rpartition("-")[2])  # a process may be killed between a checkpoint and its record
-    return bool(records) and all(len(json.loads(r.read_text(encoding="utf-8"))["rows"]) >= steps for r in records)
+    return bool(records) and all(len(read_json(r)["rows"]) >= steps for r in records)
 
 
 def remove_begun(folder: Path) -> None:

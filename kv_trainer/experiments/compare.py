@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..checks import ignored
+from ..manifest import differences
 from ..recipe_values import suggest
 from ..recipes import settings_of
 from ..report import format_duration, print_whole
-from .experiment import Experiment, load_experiment
+from .experiment import Experiment, load_experiment, names_in
 from .fairness import violations
 from .jobs import Job
 from .report import write_report
@@ -51,8 +53,8 @@ def compare(
         raise ValueError(f"--seeds is {', '.join(map(str, seeds))}; name each seed once.")
     numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
     check_arms(experiment)
-    for first, second in twins(experiment):
-        console.print(SAME.format(first, second), style="yellow", markup=False, highlight=False)
+    for words in [*(SAME.format(*pair) for pair in twins(experiment)), *without_effect(experiment)]:
+        console.print(words, style="yellow", markup=False, highlight=False)
     jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
     extra = [arm for arm in chosen if arms and arm not in arms]
     if extra:
@@ -108,9 +110,27 @@ def choose(experiment: Experiment, arms: Sequence[str]) -> list[str]:
 
 
 def check_arms(experiment: Experiment) -> None:
-    """RecipeError, before anything runs, for an arm whose recipe does not resolve."""
-    for arm in experiment.arms:
-        Job(experiment, arm, experiment.seeds[0]).recipe_text()
+    """ValueError, before anything runs, for an arm whose recipe does not resolve, or cannot be compared."""
+    settings = {arm: settings_of(Job(experiment, arm, experiment.seeds[0]).recipe_text()) for arm in experiment.arms}
+    for arm, found in settings.items():
+        where = f"arms.{arm} {experiment.arms[arm].where}"
+        if found["training"].get("push_to_hub"):
+            raise ValueError(
+                f"{where} has training.push_to_hub: every run, controls too, would be pushed to one repository. Set "
+                "overrides: {training.push_to_hub: false}, and push the run you choose with `kv-trainer train`."
+            )
+        ours, theirs = ({"evaluation": judged(one)} for one in (found, settings[experiment.against]))
+        wrong = differences(theirs, ours)
+        if wrong:
+            raise ValueError(
+                f"{where} is evaluated in another way than {experiment.against} ({'; '.join(wrong)}), so their "
+                "metrics could not be compared. Set it for all arms, under overrides."
+            )
+
+
+def judged(settings: dict[str, Any]) -> dict[str, Any]:
+    """How a run is evaluated, by its settings; a batch's size changes nothing but rounding."""
+    return {key: value for key, value in settings["evaluation"].items() if key != "batch_size"}
 
 
 def twins(experiment: Experiment) -> list[tuple[str, str]]:
@@ -121,14 +141,28 @@ def twins(experiment: Experiment) -> list[tuple[str, str]]:
     return [(one, other) for one, other in combinations(names, 2) if each[one] == each[other]]
 
 
-def describe(path: str, quick: bool = False) -> str:
-    """The line of `kv-trainer validate` for an experiment file."""
+def without_effect(experiment: Experiment) -> list[str]:
+    """What the file sets for an arm that does nothing there; what the recipe sets is not said of every arm again."""
+    found = []
+    for name in experiment.arms:
+        recipe = Job(experiment, name, experiment.seeds[0]).recipe()
+        given = [*names_in(experiment.settings(name))]
+        for message in ignored(recipe.args, {teacher: t.weight for teacher, t in recipe.teachers.items()}):
+            setting = message.partition(" has no effect")[0]
+            if any(f"{key}.".startswith(f"{setting}.") for key in given):
+                found.append(f"arms.{name} {experiment.arms[name].where}: {message}")
+    return found
+
+
+def describe(path: str, quick: bool = False) -> tuple[str, list[str]]:
+    """The line of `kv-trainer validate` for an experiment file, and what it should be warned of."""
     experiment = load_experiment(path, quick)
     check_arms(experiment)
     runs = len(experiment.arms) * len(experiment.seeds)
     arms = ", ".join(experiment.arms)
     same = "".join(f"; {SAME.format(*pair)}" for pair in twins(experiment))
-    return f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}{same}"
+    line = f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}{same}"
+    return line, without_effect(experiment)
 
 
 def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mapping[tuple[str, int], Mapping[str, Any]]:
@@ -151,8 +185,8 @@ def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mappin
     for other in experiment.runs_from:
         if not finished(other):
             console.print(f"runs_from: no finished run in {other}", style="yellow", markup=False, highlight=False)
-    runner = Runner(experiment, told)
-    with alone(Path(experiment.output_dir)):
+    with alone(Path(experiment.output_dir)) as lock:
+        runner = Runner(experiment, told, lock)
         failed = runner.run(jobs)
     if failed:
         lines = "; ".join(f"{job.arm}-{job.seed}: {error}" for job, error in failed.items())
@@ -166,11 +200,19 @@ def print_study(console: Console, study: Study, folder: Path) -> None:
     metric = study.experiment.metrics[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
-    for title in (metric, f"against {study.experiment.against}", "95% interval", "p", "verdict"):
+    firsts = {arm: study.first(arm) for arm in study.arms}
+    others = {one.against for one in firsts.values() if one is not None}
+    alike = others <= {study.experiment.against}
+    against = f"against {study.experiment.against}" if alike else "difference"
+    for title in (metric, against, "95% interval", "p", "verdict"):
         table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
-    for arm in study.arms:
-        value, one = figure_of(metric, mean(study.values[arm][metric])), study.first(arm)
-        table.add_row(arm, value, *cells(one) if one is not None else ())
+    if not alike:
+        table.add_column("from", no_wrap=True)
+    for arm, one in firsts.items():
+        row = [arm, figure_of(metric, mean(study.values[arm][metric]))]
+        if one is not None:
+            row += [*cells(one)] + [one.against] * (not alike)
+        table.add_row(*row)
     console.print()
     print_whole(console, table)
     console.print()

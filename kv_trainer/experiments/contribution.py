@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ..files import read_json
 from ..losses.base import chosen_layers
 from .jobs import Job
 from .results import Study
@@ -105,7 +105,7 @@ def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depths: Mappi
 def student_layers(job: Job) -> int:
     """Of the checkpoint that a run left; 0 where it left none."""
     path = job.folder / "config.json"
-    return int(json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers", 0)) if path.exists() else 0
+    return int(read_json(path).get("num_hidden_layers", 0)) if path.exists() else 0
 
 
 def team_of(recipe: Mapping[str, Any], kind: str, depth: int) -> Team | None:

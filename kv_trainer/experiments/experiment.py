@@ -57,6 +57,10 @@ class QuickRuns:
     arms: list[str] = field(default_factory=list, metadata={"help": "Only these; default all."})
     overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the recipe; they win."})
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}; give 1 or more.")
+
 
 @dataclass
 class Unequal:
@@ -68,6 +72,7 @@ class Unequal:
     def __post_init__(self) -> None:
         if not self.what or not self.why:
             raise ValueError(f"unequal needs both what and why; what: {', '.join(MAY_DIFFER)}.")
+        self.why = " ".join(self.why.split())  # it is a sentence of the report
         for name in self.what:
             if name not in MAY_DIFFER:
                 guess = suggest(name, list(MAY_DIFFER))
@@ -124,13 +129,15 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; give one or more, each once.")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; give numbers from 0 to {2**32 - 1:,}.")
         if self.processes < 1:
             raise ValueError(f"processes is {self.processes}; give 1 or more.")
         if self.processes > 1 and any(Path(word).name in TAKE_ALL for word in self.launcher):
             raise ValueError("processes and launcher: each launched run would take all devices; set processes: 1.")
         self.check_launcher()
-        if not self.metrics:
-            raise ValueError("metrics is empty; name one or more, such as accuracy.")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics is {self.metrics}; name one or more, such as accuracy, each once.")
         for name in self.metrics:
             if name not in METRICS and not name.startswith("accuracy_"):
                 known = [*METRICS, "accuracy_TASK"]
@@ -273,4 +280,5 @@ def set_places(experiment: Experiment, tree: Node, path: Path) -> None:
     folder = (experiment.output_dir or default).rstrip("/\\")
     quick = "-quick" * experiment.is_quick
     experiment.output_dir = folder + quick
-    experiment.runs_from = [other.rstrip("/\\") + quick for other in experiment.runs_from]
+    others = [other.rstrip("/\\") for other in experiment.runs_from]
+    experiment.runs_from = [other + quick * (not os.path.isfile(other)) for other in others]

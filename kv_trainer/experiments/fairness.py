@@ -26,25 +26,45 @@ class Finding:
 
 
 def check_budget(experiment: Experiment, arms: Sequence[str], seeds: Iterable[int], records: Records) -> list[Finding]:
-    """All that differs from the arm that one is compared with, one finding an arm and kind."""
+    """All that differs between arms that are compared, one finding a pair and kind; and what no arm may have."""
     seeds, found = list(seeds), []
+    pairs = experiment.pairs(arms)
     for name in arms:
-        arm, against = experiment.arms[name], experiment.compared_with(name)
-        timed = arm.seconds_of is not None or experiment.arms[against].seconds_of is not None
-        for key, words in (SAME if timed else BUDGET | SAME).items():
-            wrong = [s for s in seeds if records[name, s].get(key) != records[against, s].get(key)]
-            if wrong:
-                ours, theirs = records[name, wrong[0]].get(key), records[against, wrong[0]].get(key)
-                allowed = arm.unequal.why if arm.unequal and key in arm.unequal.what else None
-                found.append(Finding(name, told(words, against, wrong, ours, theirs), allowed))
+        for other in [against for arm, against in pairs if arm == name]:
+            found += given_apart(experiment, name, other, seeds, records)
         found += between_seeds(name, seeds, records)
-        if arm.seconds_of is not None:
-            found += time_apart(name, arm.seconds_of, seeds, records)
+        timed_by = experiment.arms[name].seconds_of
+        if timed_by is not None:
+            found += time_apart(name, timed_by, seeds, records)
         leaks = {s: int(records[name, s].get("shared_prompts") or 0) for s in seeds}
         worst = max(leaks.values(), default=0)
         if worst:
             found.append(Finding(name, f"{worst} evaluation rows have a prompt that is trained on"))
     return found + teachers_apart(arms, seeds, records)
+
+
+def given_apart(experiment: Experiment, name: str, other: str, seeds: list[int], records: Records) -> list[Finding]:
+    """What two arms were not given alike, but for what either may have otherwise."""
+    arm, against, found = experiment.arms[name], experiment.arms[other], []
+    more_steps = arm.seconds_of is not None and other == arm.like  # than the same arm: what it is there for
+    for key, words in (SAME if more_steps else BUDGET | SAME).items():
+        mine, theirs = (length_of(experiment, n) if key in BUDGET else n for n in (name, other))
+        wrong = [s for s in seeds if records[mine, s].get(key) != records[theirs, s].get(key)]
+        if wrong:
+            each = records[mine, wrong[0]].get(key), records[theirs, wrong[0]].get(key)
+            unequal = [one.unequal for one in (arm, against) if one.unequal]
+            allowed = next((one.why for one in unequal if key in one.what), None)
+            whose = "" if mine == name else f" of {mine}, whose seconds it was given,"
+            given = other if theirs == other else f"{theirs}, whose seconds {other} was given,"
+            found.append(Finding(name, told(words + whose, given, wrong, *each), allowed))
+    return found
+
+
+def length_of(experiment: Experiment, name: str) -> str:
+    """The arm whose steps, rows and tokens say how long this one is: itself, or the one whose seconds it was given."""
+    while other := experiment.arms[name].seconds_of:
+        name = other
+    return name
 
 
 def between_seeds(name: str, seeds: list[int], records: Records) -> list[Finding]:
@@ -60,10 +80,19 @@ def between_seeds(name: str, seeds: list[int], records: Records) -> list[Finding
 
 
 def time_apart(name: str, other: str, seeds: list[int], records: Records) -> list[Finding]:
-    """Where an arm with another's seconds did not take them: a machine is not always as fast."""
+    """Where an arm with another's seconds did not take them: a machine is not always as fast, nor is every machine."""
     shares = {seed: records[name, seed]["seconds"] / records[other, seed]["seconds"] for seed in seeds}
     wrong = [f"{share:.0%} (seed {seed})" for seed, share in shares.items() if abs(share - 1) > TIME_APART]
-    return [Finding(name, f"took {', '.join(wrong)} of the seconds of {other}")] if wrong else []
+    found = [Finding(name, f"took {', '.join(wrong)} of the seconds of {other}")] if wrong else []
+    elsewhere = [str(s) for s in seeds if machine(records[name, s]) != machine(records[other, s])]
+    if elsewhere:
+        words = f"its seconds are of another machine than those of {other}, seed{'s' * (len(elsewhere) > 1)}"
+        found.append(Finding(name, f"{words} {', '.join(elsewhere)}"))
+    return found
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    return f"{record.get('machine')}, {record.get('threads')} threads"
 
 
 def teachers_apart(arms: Sequence[str], seeds: list[int], records: Records) -> list[Finding]:
@@ -90,24 +119,37 @@ def violations(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def agreement(
-    experiment: Experiment, arms: Iterable[str], findings: Iterable[Finding], runs: Sequence[Mapping[str, Any]]
+    experiment: Experiment, arms: Iterable[str], seeds: Iterable[int], findings: Iterable[Finding], records: Records
 ) -> list[tuple[str, str]]:
-    """What was checked, and how it came out: a line each. runs: the records, of which older ones lack some things."""
-    arms, found = list(arms), list(findings)
-    known = sum("teachers" in record for record in runs)
-    teachers_told = "the same in all runs" if known == len(runs) else f"the same in the {known} runs that recorded them"
-    teachers_told = teachers_told if known else "not recorded by the version that made the runs"
+    """What was checked, and how it came out: a line each. Older records lack some things."""
+    arms, seeds, found = list(arms), list(seeds), list(findings)
     timed = [name for name in arms if experiment.arms[name].seconds_of]
     lines = []
     for key, words in (BUDGET | SAME).items():
-        wrong = [f.arm for f in found if f.words.startswith(words)]
+        wrong = dict.fromkeys(f.arm for f in found if f.words.startswith(words))
         apart = f", but for {', '.join(timed)} (another arm's seconds)" if key in BUDGET and timed else ""
-        lines.append((words, f"differ in {', '.join(wrong)}" if wrong else f"the same in all arms{apart}"))
-    leaks = [f.arm for f in found if "trained on" in f.words]
-    said = [f.arm for f in found if "the weights of" in f.words]
-    lines.append(("weights of each teacher", f"differ in {', '.join(said)}" if said else teachers_told))
+        judged = [name for name in arms if name not in timed or key not in BUDGET]
+        each = [{str(records[name, seed].get(key)) for name in judged} for seed in seeds]
+        where = "all arms" if all(len(values) <= 1 for values in each) else "arms that are compared"
+        lines.append((words, f"differ in {', '.join(wrong)}" if wrong else f"the same in {where}{apart}"))
+    leaks = dict.fromkeys(f.arm for f in found if "trained on" in f.words)
+    said = dict.fromkeys(f.arm for f in found if "the weights of" in f.words)
+    known = sum("teachers" in records[name, seed] for name in arms for seed in seeds)
+    every = "all runs" if known == len(arms) * len(seeds) else f"the {known} runs that recorded them"
+    teachers = f"the same in {every}" if known else "not recorded by the version that made the runs"
+    lines.append(("weights of each teacher", f"differ in {', '.join(said)}" if said else teachers))
     if timed:
-        late = [f.arm for f in found if "of the seconds of" in f.words]
+        late = any("of the seconds of" in f.words for f in found)
         lines.append(("seconds of an arm given another's", "more than 10% apart" if late else "within 10%"))
     lines.append(("prompts in both splits", f"some, in {', '.join(leaks)}" if leaks else "none, by hash"))
-    return lines
+    lines.append(("machine and threads", where_made([[machine(records[n, s]) for n in arms] for s in seeds])))
+    code = where_made([[str(records[n, s].get("code")) for n in arms] for s in seeds])
+    return [*lines, ("code of this package, by a hash", code)]
+
+
+def where_made(each: list[list[str]]) -> str:
+    """each: of every seed, of every arm. Nobody is to blame, so these are no findings."""
+    if len({value for values in each for value in values}) <= 1:
+        return "the same in all runs"
+    within = all(len(set(values)) <= 1 for values in each)
+    return "the same in all arms of a seed, but not in all seeds" if within else "differ between runs, see the end"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ from typing import Any
 
 import yaml
 
+from ..arguments import Recipe
+from ..files import read_json
 from ..manifest import differences
 from ..recipe_tree import RecipeError
 from ..recipes import dump_recipe, load_recipe, saved_recipe, settings_of
 from .experiment import Experiment
 
 RECORD, LOG = "arm.json", "log.txt"
+NEEDED = ("seed", "steps", "tokens", "clocks", "metrics", "machine")  # what a report cannot do without
 HERE = "in the experiment"  # where messages say that what an arm changes was written
 
 
@@ -43,17 +45,21 @@ class Job:
         settings = self.experiment.settings(self.arm)
         settings |= {} if max_steps is None else {"training.max_steps": max_steps}
         settings |= {"training.seed": self.seed, "training.output_dir": (folder or self.folder).as_posix()}
-        words = [word for key, value in settings.items() for word in (f"--{key}", as_word(value))]
+        words = [word for key, value in settings.items() for word in as_words(key, as_word(value))]
         return (["--quick"] if self.experiment.is_quick else []) + words
 
-    def recipe_text(self, max_steps: int | None = None) -> str:
-        """The recipe of this run as it is resolved. RecipeError names the arm."""
+    def recipe(self, max_steps: int | None = None) -> Recipe:
+        """The recipe of this run. RecipeError names the arm."""
         words = [word for word in self.overrides(max_steps) if word != "--quick"]
         arm = self.experiment.arms[self.arm]
         try:
-            return dump_recipe(load_recipe(self.experiment.recipe, words, self.experiment.is_quick, HERE))
+            return load_recipe(self.experiment.recipe, words, self.experiment.is_quick, HERE)
         except RecipeError as error:
             raise RecipeError(f"arms.{self.arm} {arm.where}: {error}") from error
+
+    def recipe_text(self, max_steps: int | None = None) -> str:
+        """The recipe of this run as it is resolved."""
+        return dump_recipe(self.recipe(max_steps))
 
     @property
     def spread(self) -> bool:
@@ -66,7 +72,7 @@ class Job:
         path = self.folder / RECORD
         if not path.exists():
             return None
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
         now = self.recipe_text(self.given_steps(record))
         found = differences(settings_of(saved_recipe(self.folder)), settings_of(now))
         if found:
@@ -99,6 +105,20 @@ class Job:
         steps, beside = self.given_steps(record), self.folder.with_name(f"{self.folder.name}-again")
         threads = [f"OMP_NUM_THREADS={record['threads']}"] if record.get("threads") else []
         return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps, beside)])])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a finished run left; ValueError names a file that is none."""
+    record = read_json(path)
+    missing = [key for key in NEEDED if not (isinstance(record, dict) and key in record)]
+    if missing:
+        raise ValueError(f"{path} is no record of a run: it has no {', '.join(missing)}. Remove its folder.")
+    return dict(record)
+
+
+def as_words(key: str, value: str) -> list[str]:
+    """An override; a value that looks like an option is written with it as one word."""
+    return [f"--{key}={value}"] if value.startswith("--") else [f"--{key}", value]
 
 
 def as_word(value: Any) -> str:

@@ -31,16 +31,17 @@ CLOCKS = {
 METHOD = (
     "p: two-sided paired t-test over seeds, Holm-corrected over all comparisons of the metric in this report. "
     f"Interval: 95%, over seeds (Student's) and over test items ({RESAMPLES:,} bootstrap resamples), arms paired by "
-    "both, half-widths added in squares. Effect size: Cohen's d of the paired differences. Points: percentage points "
-    "of a share; of another metric, percent of the value compared with."
+    "both, half-widths added in squares; over seeds alone where runs left no predictions. Effect size: Cohen's d of "
+    "the paired differences. Points: percentage points of a share; of another metric, percent of the value compared "
+    "with."
 )
 
 
 def write_report(study: Study, folder: Path) -> None:
     """Everything in `folder`; pictures of an older report are replaced."""
+    figures = draw_all(study, folder / "figures")
     write_text(folder / "results.json", as_json(study))
     write_text(folder / "commands.sh", "#!/bin/sh\nset -e\n" + "\n".join(commands(study)) + "\n")
-    figures = draw_all(study, folder / "figures")
     pictures = [Picture(folder / "figures" / name, f"figures/{name}", caption) for name, caption in figures.items()]
     blocks = contents(study, pictures)
     write_text(folder / "report.md", as_markdown(blocks))
@@ -130,7 +131,7 @@ def contributions(study: Study) -> list[Block]:
 
 
 def fairness_rows(study: Study) -> list[list[str]]:
-    lines = agreement(study.experiment, study.arms, study.findings, study.chosen())
+    lines = agreement(study.experiment, study.arms, study.seeds, study.findings, study.records)
     return [["checked, seed by seed", "found"], *map(list, lines)]
 
 

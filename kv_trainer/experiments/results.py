@@ -47,6 +47,15 @@ class Items:
         chosen = tasks == metric.removeprefix("accuracy_")
         return float(np.nanmean(hits[:, chosen])) if metric.startswith("accuracy_") and chosen.any() else math.nan
 
+    def strata(self, metric: str) -> list[np.ndarray]:
+        """The numbers of the items that a metric is of; of its mean over tasks, those of each task."""
+        if metric in ("loss", "perplexity"):
+            return [np.arange(len(self.tokens))]
+        scored = np.isfinite(self.hits).all(0)
+        tasks = np.unique(self.tasks[self.tasks != ""]) if metric == MACRO else [metric.removeprefix("accuracy_")]
+        each = [scored if metric == "accuracy" else scored & (self.tasks == task) for task in tasks]
+        return [np.flatnonzero(chosen) for chosen in each]
+
 
 @dataclass
 class Study:
@@ -142,7 +151,7 @@ class Study:
         def difference(seeds: Any, items: Any) -> float:
             return ours.value(metric, seeds, items) - theirs.value(metric, seeds, items)
 
-        return bootstrap(len(self.seeds), ours.hits.shape[1], difference)
+        return bootstrap(len(self.seeds), ours.strata(metric), difference)
 
     def ranked(self) -> list[str]:
         """The arms, no controls, the best first: by the judged metric, where that is equal by the others."""
@@ -155,11 +164,12 @@ class Study:
 
     def machines(self) -> list[str]:
         """What the runs were made on, and from which other experiments some were taken."""
-        taken = [record[TAKEN] for record in self.chosen() if TAKEN in record]
-        return sorted({place_of(record) for record in self.chosen()}) + [f"taken from {run}" for run in taken]
-
-    def chosen(self) -> list[Mapping[str, Any]]:
-        return [self.records[arm, seed] for arm in self.arms for seed in self.seeds]
+        runs = {f"{arm}-{seed}": self.records[arm, seed] for arm in self.arms for seed in self.seeds}
+        places: dict[str, list[str]] = {}
+        for run, record in runs.items():
+            places.setdefault(place_of(record), []).append(run)
+        told = [place if len(places) == 1 else f"{place}: {', '.join(places[place])}" for place in sorted(places)]
+        return told + [f"taken from {record[TAKEN]}" for record in runs.values() if TAKEN in record]
 
 
 def place_of(record: Mapping[str, Any]) -> str:

@@ -26,20 +26,27 @@ class RunFailed(ValueError):
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside the block no other experiment runs in `folder`; ValueError if one does. Windows has no such lock."""
+def alone(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Inside the block no other experiment runs in `folder`; ValueError if one does. Windows has no such lock.
+
+    Yields the lock, as file descriptors for the runs to keep: whatever becomes of this process, none of them is joined
+    by another of the same folder while it lives.
+    """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield ()
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"Another experiment runs in {folder}; wait for it, or give another output_dir.") from None
-        yield
+            raise ValueError(
+                f"Another experiment, or a run of one that was killed, is still at work in {folder}; wait for it, stop "
+                "its `python -m kv_trainer.experiments.arm`, or give another output_dir."
+            ) from None
+        yield (lock.fileno(),)
 
 
 @contextmanager
@@ -63,10 +70,14 @@ def ended_by_signals() -> Iterator[None]:
 
 @dataclass
 class Runner:
-    """Runs jobs, `processes` at a time, each in a process of its own. told: job, its record, whether it ran now."""
+    """Runs jobs, `processes` at a time, each in a process of its own.
+
+    told: job, its record, whether it ran now. kept: file descriptors that every run keeps open.
+    """
 
     experiment: Experiment
     told: Callable[[Job, Mapping[str, Any], bool], None]
+    kept: tuple[int, ...] = ()
     records: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     failed: dict[Job, Exception] = field(default_factory=dict)
     _queue: list[Job] = field(default_factory=list)
@@ -153,7 +164,7 @@ class Runner:
                     raise RunFailed("stopped")
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                    env=self._environment(number, job),
+                    env=self._environment(number, job), pass_fds=self.kept,
                     start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the others whole
                 )  # fmt: skip
                 self._running[job] = process

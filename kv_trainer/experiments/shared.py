@@ -12,7 +12,7 @@ from typing import Any
 from ..files import write_text
 from ..recipes import saved_recipe, settings_of
 from .archive import runs_in
-from .jobs import LOG, RECORD, Job
+from .jobs import LOG, RECORD, Job, read_record
 
 TAKEN = "taken_from"  # in the record: the run that was copied
 LEFT = ("checkpoint-*", LOG, "progress-*.json")
@@ -30,7 +30,7 @@ def take_finished(job: Job) -> bool:
     wanted = without_place(settings_of(job.recipe_text()))
     for place in job.experiment.runs_from:
         for path in finished(place, job.seed):
-            if settings(path) == wanted and json.loads(path.read_text(encoding="utf-8")).get("processes", 1) == 1:
+            if settings(path) == wanted and read_record(path).get("processes", 1) == 1:
                 copy(path.parent, job, f"{place}/{path.parent.name}")
                 return True
     return False
@@ -60,7 +60,7 @@ def copy(found: Path, job: Job, name: str) -> None:
     beside = target.with_name(f".{target.name}-taken")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(found, beside, ignore=shutil.ignore_patterns(*LEFT))
-    record = json.loads((found / RECORD).read_text(encoding="utf-8"))
+    record = read_record(found / RECORD)
     write_text(beside / "recipe.yaml", job.recipe_text())
     write_text(beside / RECORD, json.dumps({TAKEN: name, **record}) + "\n")
     shutil.rmtree(target, ignore_errors=True)  # at most a log

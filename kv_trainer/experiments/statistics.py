@@ -48,7 +48,8 @@ def mean(values: Sequence[float]) -> float:
 
 def std(values: Sequence[float]) -> float:
     """Over seeds, of a sample; 0 of a single one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    with np.errstate(invalid="ignore"):  # of values that are not finite there is none
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def is_share(metric: str) -> bool:
@@ -90,20 +91,23 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-def bootstrap(seeds: int, items: int, difference: Value, resamples: int = RESAMPLES) -> tuple[float, float] | None:
+def bootstrap(
+    seeds: int, strata: Sequence[NDArray[np.int64]], difference: Value, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
     """95% interval of a difference over both seeds and test items; the same every time.
 
-    difference: numbers of seeds and of items -> the difference over these. Arms stay paired: they share both. Two
-    half-widths are added in squares: of seeds, Student's (percentiles of three seeds are no wider than the seeds'
-    own range), and of items, the standard error of a bootstrap in which each is as often there for all seeds and arms.
+    strata: numbers of items, each set drawn from by itself, as tasks of which every one counts. difference: numbers of
+    seeds and of items -> the difference over these. Arms stay paired: they share both. Two half-widths are added in
+    squares: of seeds, Student's (percentiles of three seeds are no wider than the seeds' own range), and of items, the
+    standard error of a bootstrap in which each is as often there for all seeds and arms.
     """
-    if seeds < 2 or items < 2:
+    if seeds < 2 or min(map(len, strata), default=0) < 2:
         return None
-    every, rows = np.arange(seeds), np.arange(items)
+    every, rows = np.arange(seeds), np.concatenate(strata)
     middle, each = difference(every, rows), [difference(every[[seed]], rows) for seed in every]
     error = stats.bootstrap(
-        (rows,), lambda chosen: difference(every, chosen), n_resamples=resamples, vectorized=False,
-        method="percentile", rng=np.random.default_rng(0),
+        tuple(strata), lambda *chosen: difference(every, np.concatenate(chosen)), n_resamples=resamples,
+        vectorized=False, method="percentile", rng=np.random.default_rng(0),
     ).standard_error  # fmt: skip
     of_seeds = stats.t.ppf(0.975, seeds - 1) * std(each) / math.sqrt(seeds)
     half = math.hypot(of_seeds, stats.norm.ppf(0.975) * error)
@@ -134,7 +138,7 @@ def verdict(
 ) -> str:  # fmt: skip
     """keep, optional or drop, by the rule; "none: ..." and why, where nothing can be said.
 
-    interval: of the difference, over seeds and test items; None where there is none.
+    interval: of the difference, over seeds and test items; without one, None, nothing is kept.
     """
     if len(ours) < FEWEST:
         return f"none: fewer than {FEWEST} seeds"
@@ -148,7 +152,8 @@ def verdict(
     differences = np.subtract(ours, theirs).tolist()
     if std(differences) > abs(mean(differences)):
         return "drop (unstable)"
-    apart = interval is None or not interval[0] <= 0 <= interval[1]  # p is over seeds alone, an interval over items too
+    # p is over seeds alone, an interval over items too.
+    apart = interval is not None and not interval[0] <= 0 <= interval[1]
     return "keep" if better > rule.keep + 1e-9 and p < rule.p and apart else "optional"
 
 

@@ -43,10 +43,10 @@ def finding_of(study: Study, one: Comparison) -> str:
     """One sentence about an arm: how far it is from `against`, how sure that is, and the verdict."""
     value = figure_of(one.metric, mean(study.values[one.arm][one.metric]))
     apart = f"{percent(one.metric, one.difference)} {unit(one.metric)} from {one.against}"
-    sure = f"p {p_words(one.p)}" if one.p is not None else "no p"
-    start = f"{one.arm}: {one.metric} {value}, {apart}"
+    sure = [f"p {p_words(one.p)}" if one.p is not None else "no p"]
     if one.low is not None and one.high is not None:
-        start += f" (95% interval {percent(one.metric, one.low)} to {percent(one.metric, one.high)}, {sure})"
+        sure = [f"95% interval {percent(one.metric, one.low)} to {percent(one.metric, one.high)}", *sure]
+    start = f"{one.arm}: {one.metric} {value}, {apart}" + f" ({', '.join(sure)})"
     if study.experiment.arms[one.arm].control and one == study.first(one.arm):
         return f"{start}. Control: {share_of_gain(study, one)}."
     return f"{start}. Verdict: {one.verdict}."

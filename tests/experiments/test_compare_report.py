@@ -170,6 +170,91 @@ def test_what_may_differ(study: Study) -> None:
         Unequal(["eval_rows"], "no")
 
 
+def test_every_pair_is_checked_and_an_arm_of_given_seconds_by_the_arm_whose_they_are(study: Study) -> None:
+    experiment, records, arms = study.experiment, study.records, study.experiment.arms
+    for seed in study.seeds:
+        records["timed", seed] |= {"steps": 99, "seconds": records["taught", seed]["seconds"]}
+        records["control", seed]["steps"] = 80
+    arms["control"].against = "timed"
+    words = "optimizer steps differ from those of taught, whose seconds timed was given, (80 and 40), seeds 1, 2, 3"
+    assert [(f.arm, f.words) for f in study.findings] == [("control", words)]
+    arms["control"].against, arms["taught"].also_against = "control", ["control"]
+    found = check_budget(experiment, study.arms, study.seeds, records)
+    assert [(f.arm, f.words.split(" differ from ")[1]) for f in found] == [
+        ("taught", "those of control (40 and 80), seeds 1, 2, 3")
+    ]
+    arms["control"].unequal = Unequal(["steps"], "more steps\nare what is studied")
+    allowed = check_budget(experiment, study.arms, study.seeds, records)
+    assert [f.allowed for f in allowed] == ["more steps are what is studied"], "either arm of a pair may say so"
+    told = dict(agreement(experiment, study.arms, study.seeds, [], records))
+    assert told["optimizer steps"] == "the same in arms that are compared, but for timed (another arm's seconds)"
+    assert told["evaluation rows"] == "the same in all arms"
+
+
+def test_where_runs_were_made_is_told(study: Study, no_pictures: None) -> None:
+    def made() -> tuple[str, str]:
+        told = dict(agreement(study.experiment, study.arms, study.seeds, [], study.records))
+        return told["machine and threads"], told["code of this package, by a hash"]
+
+    assert made() == ("the same in all runs",) * 2
+    for arm in study.arms:
+        study.records[arm, 2]["code"] = "abc"
+    assert made() == ("the same in all runs", "the same in all arms of a seed, but not in all seeds")
+    for seed in study.seeds:
+        study.records["timed", seed]["seconds"] = study.records["taught", seed]["seconds"]
+    study.records["taught", 1]["machine"] = "another"
+    assert made()[0] == "differ between runs, see the end"
+    assert [f.words for f in study.findings] == ["its seconds are of another machine than those of taught, seed 1"]
+    write_report(study, Path("out/report"))
+    text = Path("out/report/report.md").read_text()
+    assert "- another: taught-1\n" in text and "- a machine, code abc: ce-2, timed-2, taught-2, control-2\n" in text
+
+
+def test_a_run_that_diverged_is_reported(study: Study) -> None:
+    study.experiment.metrics = ["perplexity"]
+    study.records["taught", 1]["metrics"]["perplexity"] = float("inf")
+    study.records["control", 2]["metrics"]["perplexity"] = float("nan")
+    write_report(study, Path("out/report"))
+    text = Path("out/report/report.md").read_text()
+    assert text.count("none: a value is not finite") >= 2 and (Path("out/report/figures/arms.png")).exists()
+
+
+def test_any_name_of_a_task_and_of_an_arm_can_be_drawn(study: Study) -> None:
+    for path in Path("out").glob("*/predictions.jsonl"):
+        path.write_text(path.read_text().replace("even", "$\\\\frac$"))
+    for record in study.records.values():
+        record["metrics"]["accuracy_$\\frac$"] = record["metrics"].pop("accuracy_even")
+    long = "a" * 70
+    study.experiment.arms[long] = study.experiment.arms.pop("control")
+    study.arms[-1] = long
+    for seed in study.seeds:
+        study.records[long, seed] = study.records["control", seed]
+        Path(f"out/control-{seed}").rename(f"out/{long}-{seed}")
+    write_report(study, Path("out/report"))
+    assert "$\\frac$" in Path("out/report/report.md").read_text()
+
+
+def test_few_rows_with_answers_make_an_interval_or_no_verdict_to_keep(study: Study) -> None:
+    """A resample without any of them would have no value, and so no interval where the rule asks for one."""
+    for path in Path("out").glob("*/predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[3:]:
+            row["hit"] = None
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    low, high = study.interval("accuracy", "taught", "ce")
+    assert low < high
+    assert [len(s) for s in study.items("taught").strata("accuracy")] == [3]
+    assert [len(s) for s in study.items("taught").strata("accuracy_macro")] == [2, 1]
+    assert study.interval("accuracy_macro", "taught", "ce") is None, "of one row nothing can be drawn"
+
+
+def test_a_damaged_file_of_a_run_is_named(study: Study) -> None:
+    path = Path("out/taught-2/predictions.jsonl")
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match="out/taught-2/predictions.jsonl is damaged"):
+        study.items("taught")
+
+
 def test_files_that_changed_between_runs_are_seen(study: Study) -> None:
     """The same recipe, but rows or a teacher made anew under the same name after the first seed."""
     records, names = study.records, ["ce", "taught", "control"]
@@ -182,7 +267,7 @@ def test_files_that_changed_between_runs_are_seen(study: Study) -> None:
     for seed in study.seeds:
         for arm in names:
             records[arm, seed]["train_rows"] = "t"
-    told = dict(agreement(study.experiment, names, [], [records[arm, 1] for arm in study.arms]))
+    told = dict(agreement(study.experiment, study.arms, [1], [], records))
     assert told["weights of each teacher"] == "the same in the 3 runs that recorded them"
     records["control", 3]["teachers"] = {"math": ["big", "w2"]}
     assert [(f.arm, f.words) for f in violations(check_budget(study.experiment, names, study.seeds, records))] == [
@@ -213,11 +298,16 @@ def test_what_the_file_has_beyond_the_report_is_named(study: Study, no_pictures:
 
 
 def test_an_arm_may_have_another_to_be_compared_with(study: Study) -> None:
-    study.experiment.arms["control"].against = "timed"
-    study.records["control", 1]["order"] = study.records["timed", 1]["order"] = "another"
+    study.experiment.arms["control"].against = "taught"
+    study.records["control", 1]["order"] = study.records["taught", 1]["order"] = "another"
     one = next(c for c in study.judged if c.arm == "control")
-    assert (one.against, one.difference, one.p_raw) == ("timed", 0.0, 1.0)
-    assert {f.arm for f in study.findings} == {"timed"}, "equal to its own"
+    assert one.against == "taught" and one.difference == pytest.approx(-0.6)
+    assert {f.arm for f in study.findings} == {"timed", "taught"}, "equal to its own"
+    shown = io.StringIO()
+    print_study(Console(file=shown, width=160), study, Path("out/report"))
+    rows = {line.split()[0]: line.split() for line in shown.getvalue().splitlines() if line.strip()}
+    assert rows["arm"][2:4] == ["difference", "95%"] and rows["control"][2] == "-60.0"
+    assert rows["control"][-1] == "taught" and rows["taught"][-1] == "ce"
 
 
 def test_a_control_is_measured_against_an_arm_with_its_own_baseline(study: Study) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kv_trainer.cli import main
-from kv_trainer.experiments.compare import check_arms, choose, describe, twins
+from kv_trainer.experiments.compare import check_arms, choose, describe, twins, without_effect
 from kv_trainer.experiments.experiment import is_experiment, load_experiment
 from kv_trainer.experiments.jobs import Job, as_word, equal_steps
 from kv_trainer.recipe_tree import RecipeError
@@ -52,6 +52,9 @@ def test_a_quick_experiment_is_cut_down_and_apart() -> None:
     experiment = load_experiment("e.yaml", quick=True)
     assert experiment.output_dir.endswith("-quick")
     words = Job(experiment, "full", 1).overrides()
+    Path("e.yaml").write_text(BASE + "runs_from: [other, runs.zip]\n")
+    Path("runs.zip").write_bytes(b"")
+    assert load_experiment("e.yaml", quick=True).runs_from == ["other-quick", "runs.zip"]
     assert words[0] == "--quick" and words[words.index("--training.max_steps") + 1] == "7"
     assert "max_steps: 7" in Job(experiment, "full", 1).recipe_text()
 
@@ -96,6 +99,9 @@ def test_equal_seconds_are_steps_at_the_arm_s_own_pace() -> None:
             "arms.broken.against in e.yaml, line 9 names the arm itself",
         ),
         ("seeds:", "verdict: {keep: 1, optional: 2}\nseeds:", "give 0 <= optional <= keep"),
+        ("[1, 2, 3, 4]", "[-1, 2]", "seeds is [-1, 2]; give numbers from 0 to 4,294,967,295"),
+        ("{seeds: 2", "{seeds: 0", "quick in e.yaml, line 3: seeds is 0; give 1 or more"),
+        ("seeds:", "metrics: [loss, loss]\nseeds:", "metrics is ['loss', 'loss']; name one or more"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(old: str, new: str, message: str) -> None:
@@ -114,7 +120,42 @@ def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
 def test_arms_that_are_one_and_the_same_are_found() -> None:
     Path("e.yaml").write_text(BASE + "  again: {set: {losses.kv_relation: {}}}\n")
     assert twins(load_experiment("e.yaml")) == [("full", "again")]
-    assert "; full and again are one and the same" in describe("e.yaml")
+    assert "; full and again are one and the same" in describe("e.yaml")[0]
+
+
+def test_arms_are_judged_in_one_way() -> None:
+    """Else the same weights would have several accuracies; a batch's size is nobody's gain."""
+    Path("e.yaml").write_text(BASE + "  more: {set: {evaluation.batch_size: 3, evaluation.max_new_tokens: 7}}\n")
+    with pytest.raises(ValueError, match="arms.more in e.yaml, line 10 is evaluated in another way than ce .*tokens"):
+        check_arms(load_experiment("e.yaml"))
+    Path("e.yaml").write_text(BASE + "  more: {set: {evaluation.batch_size: 3}}\n")
+    check_arms(load_experiment("e.yaml"))
+
+
+def test_runs_are_not_pushed_over_each_other() -> None:
+    Path("e.yaml").write_text(BASE.replace("{training.logging_steps: 5}", "{training.push_to_hub: true}"))
+    with pytest.raises(ValueError, match="every run, controls too, would be pushed to one repository"):
+        check_arms(load_experiment("e.yaml"))
+
+
+def test_what_does_nothing_in_an_arm_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    one, none = "{teachers.b: null, fusion.temperature: 3}", "{control.shuffle: rows}"
+    Path("e.yaml").write_text(f"{BASE}  one: {{set: {one}}}\n  none: {{like: ce, set: {none}}}\n")
+    found = without_effect(load_experiment("e.yaml"))
+    assert found == [
+        "arms.one in e.yaml, line 10: fusion has no effect: there is one teacher.",
+        "arms.none in e.yaml, line 11: control.shuffle has no effect: there is no teacher.",
+    ]
+    assert main(["validate", "e.yaml"]) == 0
+    assert f"kv-trainer: warning: e.yaml: {found[0]}" in capsys.readouterr().err
+    Path("r.yaml").write_text(Path("r.yaml").read_text() + "fusion: {temperature: 2}\n")
+    assert without_effect(load_experiment("e.yaml")) == found, "what the recipe sets is not the arm's"
+
+
+def test_a_value_that_looks_like_an_option_reaches_the_recipe() -> None:
+    Path("e.yaml").write_text(BASE + "  asks: {set: {data.prompt: '--question {prompt}'}}\n")
+    job = Job(load_experiment("e.yaml"), "asks", 1)
+    assert job.recipe().args.data.prompt == "--question {prompt}" and "'--data.prompt=--question" in job.shown({})
 
 
 def test_words_of_the_command_line_are_yaml() -> None:

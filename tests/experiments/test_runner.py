@@ -38,7 +38,8 @@ if folder.name.startswith("fails"):
 (folder / "recipe.yaml").write_text("{training: {max_steps: 10}}")
 steps = int(get("--training.max_steps") or 10)
 seconds = 1.0 if folder.name.startswith("ce") else 3.0
-(folder / "arm.json").write_text(json.dumps({"steps": steps, "clocks": {"wall": [seconds]}, "metrics": {}}))
+(folder / "arm.json").write_text(json.dumps({"seed": 1, "steps": steps, "tokens": 9, "machine": "m",
+                                               "clocks": {"wall": [seconds]}, "metrics": {}}))
 """
 
 
@@ -63,6 +64,7 @@ def runner(arms: str, processes: int = 2) -> Runner:
     return Runner(experiment, lambda job, record, ran: told.append((job.arm, job.seed, ran)))
 
 
+BARE = {"seed": 1, "steps": 10, "tokens": 9, "machine": "m", "clocks": {"wall": [2.0]}, "metrics": {}}
 told: list = []
 TIMED = "{ce: {}, timed: {like: ce, seconds_of: full}, full: {}}"
 
@@ -98,7 +100,7 @@ def test_runs_of_another_experiment_with_the_same_settings_are_taken(monkeypatch
         (run / "checkpoint-5").mkdir(parents=True)
         given = f"{{training: {{max_steps: 10, output_dir: x, seed: {seed}}}, set: {name[0]}}}"
         (run / "recipe.yaml").write_text(given)
-        (run / "arm.json").write_text(json.dumps({"steps": 10, "seconds": 2.0, "name": name}))
+        (run / "arm.json").write_text(json.dumps({**BARE, "seconds": 2.0, "name": name}))
     second.experiment.runs_from = ["one", "nowhere"]
     made: list[str] = []
 
@@ -111,7 +113,7 @@ def test_runs_of_another_experiment_with_the_same_settings_are_taken(monkeypatch
     told.clear()
     assert second.run(jobs(second)) == {}
     assert sorted(made) == ["base-2", "n-1", "n-2", "timed-1", "timed-2"] and ("base", 1, False) in told
-    assert second.records["base", 1] == {"taken_from": "one/best-1", "steps": 10, "seconds": 2.0, "name": "best"}
+    assert second.records["base", 1] == {"taken_from": "one/best-1", **BARE, "seconds": 2.0, "name": "best"}
     taken = Job(second.experiment, "base", 1).folder
     assert sorted(p.name for p in taken.iterdir()) == ["arm.json", "recipe.yaml"]
     assert (taken / "recipe.yaml").read_text() == text(Job(second.experiment, "base", 1))
@@ -129,14 +131,14 @@ def test_a_begun_run_stays_and_one_that_cannot_be_read_is_passed_by(monkeypatch:
     job = Job(one.experiment, "ce", 1)
     for name in ("bad-1", "good-1"):
         (Path("other") / name).mkdir(parents=True)
-        (Path("other") / name / "arm.json").write_text(json.dumps({"processes": 2 if name == "good-1" else 1}))
+        (Path("other") / name / "arm.json").write_text(json.dumps({**BARE, "processes": 2 if name == "good-1" else 1}))
     assert not take_finished(job), "a run of two processes sees other batches"
-    (Path("other") / "good-1" / "arm.json").write_text("{}")
+    (Path("other") / "good-1" / "arm.json").write_text(json.dumps(BARE))
     (job.folder / "checkpoint-5").mkdir(parents=True)
     assert not take_finished(job) and (job.folder / "checkpoint-5").exists()
     (job.folder / "checkpoint-5").rmdir()
     (job.folder / "log.txt").write_text("failed")
-    assert take_finished(job) and read(job.folder) == {"taken_from": "other/good-1"}
+    assert take_finished(job) and read(job.folder) == {"taken_from": "other/good-1", **BARE}
 
 
 def test_runs_are_taken_from_an_archive_of_another_checkout() -> None:
@@ -176,7 +178,7 @@ def test_an_archive_writes_nowhere_else(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no part of a run"):
         runs_in(str(tmp_path / "bad.zip"))
     (tmp_path / "text.zip").write_text("no archive")
-    with pytest.raises(ValueError, match="neither a folder nor an archive"):
+    with pytest.raises(ValueError, match="neither a folder nor a whole archive"):
         runs_in(str(tmp_path / "text.zip"))
 
 
@@ -284,10 +286,71 @@ def test_a_timed_arm_that_is_no_longer_as_long_is_left_out_of_the_report() -> No
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with alone(folder), pytest.raises(ValueError, match="Another experiment runs in"), alone(folder):
+    with alone(folder), pytest.raises(ValueError, match="Another experiment, or a run of one"), alone(folder):
         pass
     with alone(folder):
         pass
+
+
+def test_a_run_that_outlives_its_experiment_keeps_others_out(tmp_path: Path) -> None:
+    """As after `kill -9` of the experiment, which can stop nothing any more."""
+    pytest.importorskip("fcntl")
+    sleeps = [sys.executable, "-c", "input()"]
+    with alone(tmp_path) as lock:
+        left = subprocess.Popen(sleeps, stdin=subprocess.PIPE, pass_fds=lock)
+    with pytest.raises(ValueError, match="a run of one that was killed, is still at work"), alone(tmp_path):
+        pass
+    left.communicate(b"\n")
+    with alone(tmp_path):
+        pass
+
+
+def test_a_run_is_given_the_lock_of_its_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = []
+    inner = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: kept.append(k["pass_fds"]) or inner(*a, **k))
+    one = runner("{ce: {}}")
+    with alone(tmp_path) as one.kept:
+        assert not one.run(jobs(one)) and kept == [one.kept] * 2 and one.kept
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"steps": 3, "clocks": {'])
+def test_a_damaged_record_is_named(content: str) -> None:
+    one = runner("{ce: {}}")
+    one.run(jobs(one))
+    path = Path(one.experiment.output_dir) / "ce-1" / "arm.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="ce-1/arm.json is (no record of a run: it has no|damaged)"):
+        Job(one.experiment, "ce", 1).record()
+
+
+@pytest.mark.parametrize("kind", ["flipped", "deflated", "encrypted", "cut"])
+def test_a_damaged_archive_is_refused(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "runs.zip"
+    how = zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_LZMA
+    with zipfile.ZipFile(place, "w", how) as archive:
+        archive.writestr("ce-1/arm.json", json.dumps({"numbers": list(range(3000))}))
+    whole = bytearray(place.read_bytes())
+    if kind == "encrypted":  # its flag, in both headers
+        for mark, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            whole[whole.index(mark) + at] |= 1
+    elif kind == "cut":
+        del whole[len(whole) // 2 :]
+    else:
+        middle = len(whole) // 3
+        whole[middle : middle + 40] = bytes(255 - byte for byte in whole[middle : middle + 40])
+    place.write_bytes(whole)
+    with pytest.raises(ValueError, match="runs.zip is neither a folder nor a whole archive of runs"):
+        runs_in(str(place))
+
+
+def test_an_archive_of_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kv_trainer.experiments.archive.LARGEST_SUM", 1000)
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w", zipfile.ZIP_LZMA) as archive:
+        for seed in range(3):
+            archive.writestr(f"ce-{seed}/arm.json", "x" * 400)
+    with pytest.raises(ValueError, match="no archive of runs is so large"):
+        runs_in(str(tmp_path / "runs.zip"))
 
 
 def test_a_run_as_long_as_another_took_once_is_refused_when_that_has_changed(folder: Path) -> None:

@@ -65,12 +65,13 @@ def test_differences_without_variance() -> None:
     ],
 )
 def test_the_verdict_follows_the_rule(ours: list[float], metric: str, p: float, expected: str) -> None:
-    assert verdict(ours, [0.5] * len(ours), metric, p, RULE) == expected
+    apart = (0.01, 0.05) if metric == "accuracy" else (-0.05, -0.01)
+    assert verdict(ours, [0.5] * len(ours), metric, p, RULE, apart) == expected
 
 
 def test_what_other_test_rows_might_undo_is_not_kept() -> None:
     ours, theirs = [0.53, 0.53, 0.54], [0.5, 0.5, 0.5]
-    for interval, expected in ((None, "keep"), ((0.001, 0.06), "keep"), ((-0.009, 0.078), "optional")):
+    for interval, expected in ((None, "optional"), ((0.001, 0.06), "keep"), ((-0.009, 0.078), "optional")):
         assert verdict(ours, theirs, "accuracy", 0.01, RULE, interval) == expected
     assert verdict([0.4] * 3, [0.5] * 3, "perplexity", 0.01, RULE, (-0.2, -0.1)) == "keep"
 
@@ -87,20 +88,33 @@ def test_the_interval_is_of_seeds_and_items_and_always_the_same() -> None:
     def value(seeds: np.ndarray, items: np.ndarray) -> float:
         return float(difference[seeds][:, items].mean())
 
-    low, high = bootstrap(5, 400, value, resamples=500)
-    assert (low, high) == bootstrap(5, 400, value, resamples=500)
+    low, high = bootstrap(5, [np.arange(400)], value, resamples=500)
+    assert (low, high) == bootstrap(5, [np.arange(400)], value, resamples=500)
     assert low < difference.mean() < high
     of_items = stats.norm.ppf(0.975) * np.sqrt(difference.mean(0).var() / 400)
     of_seeds = stats.t.ppf(0.975, 4) * np.sqrt(difference.mean(1).var(ddof=1) / 5)
     assert high - low == pytest.approx(2 * np.hypot(of_items, of_seeds), rel=0.05)
     assert (low + high) / 2 == pytest.approx(difference.mean())
-    assert bootstrap(1, 400, value) is None
-    assert bootstrap(3, 50, lambda seeds, items: 0.25) == (0.25, 0.25)
+    assert bootstrap(1, [np.arange(400)], value) is None and bootstrap(5, [np.arange(1)], value) is None
+    assert bootstrap(3, [np.arange(50)], lambda seeds, items: 0.25) == (0.25, 0.25)
+
+
+def test_tasks_that_all_count_are_drawn_from_apart() -> None:
+    """A mean over tasks is of every task in each resample, however few rows one of them has."""
+    tasks = [np.arange(3), np.arange(3, 400)]
+    seen = []
+
+    def value(seeds: np.ndarray, items: np.ndarray) -> float:
+        seen.append(int((items < 3).sum()))
+        return float(items.mean())
+
+    low, high = bootstrap(3, tasks, value, resamples=50)
+    assert low < 199.5 < high and set(seen) == {3}
 
 
 def test_items_that_differ_between_seeds_alone_make_no_interval_of_zero_width() -> None:
     each = np.array([0.1, 0.3, 0.5])
-    found = bootstrap(3, 10, lambda seeds, items: float(each[seeds].mean()), resamples=100)
+    found = bootstrap(3, [np.arange(10)], lambda seeds, items: float(each[seeds].mean()), resamples=100)
     assert found == pytest.approx(interval_over_seeds(each.tolist(), [0.0] * 3))
 
 
@@ -110,7 +124,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     for _ in range(120):
         share = (0.5 + 0.03 * generator.normal(size=(2, 3, 1))).clip(0, 1)
         ours, theirs = generator.random((2, 3, 300)) < share
-        low, high = bootstrap(3, 300, lambda s, i, a=ours, b=theirs: a[s][:, i].mean() - b[s][:, i].mean(), 100)
+        low, high = bootstrap(
+            3, [np.arange(300)], lambda s, i, a=ours, b=theirs: a[s][:, i].mean() - b[s][:, i].mean(), 100
+        )
         held += low <= 0 <= high
     assert held / 120 >= 0.90
 

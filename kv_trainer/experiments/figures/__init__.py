@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 def draw_all(study: Study, folder: Path) -> dict[str, str]:
     """Every picture that the runs have the figures for, in the order of the report: file name -> caption."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     metric = study.experiment.metrics[0]
     draw_bars(study, folder / "arms.png")
     found = {"arms.png": f"{metric} by arm and task: mean, standard deviation over seeds, and each seed as a dot"}
@@ -44,6 +42,9 @@ def draw_all(study: Study, folder: Path) -> dict[str, str]:
         found["terms.png"] = f"share of each weighted term in the loss of {taught} over its steps"
     if draw_alignment(most_teachers(study), folder / "alignment.png"):
         found["alignment.png"] = "one training row: a line where teacher and student have read the same text"
+    for old in folder.glob("*.png"):
+        if old.name not in found:
+            old.unlink()
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ...curve import INK, dress
@@ -14,7 +16,7 @@ from ..reach import Reached
 from ..results import Study
 from ..statistics import is_share, mean, std
 from ..words import figure_of
-from .style import DOTS, new_figure, save, seeds_of, styles
+from .style import DOTS, WIDTH, new_figure, save, seeds_of, styles
 
 
 def draw_bars(study: Study, target: Path) -> None:
@@ -23,9 +25,10 @@ def draw_bars(study: Study, target: Path) -> None:
     panels = {metric: f"{metric}, all rows"}
     if metric == "accuracy" and len(study.tasks) > 1:
         panels = {"accuracy": "exact answers, all tasks"} | {f"accuracy_{t}": t for t in study.tasks[:4]}
-    figure = new_figure(f"{metric} by arm, {seeds_of(study)}", height=1.4 + 0.36 * len(study.arms))
+    figure = new_rows(study, f"{metric} by arm, {seeds_of(study)}")
     each = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    highest = max([x for arm in study.arms for name in panels for x in study.values[arm].get(name, [])])
+    every = [x for arm in study.arms for name in panels for x in study.values[arm].get(name, [])]
+    highest = max(filter(math.isfinite, every), default=0.0)
     for axes, (name, title) in zip(each, panels.items(), strict=True):
         values = {arm: study.values[arm].get(name, []) for arm in study.arms}
         draw_panel(study, axes, values, name, highest or 0.01)
@@ -35,11 +38,24 @@ def draw_bars(study: Study, target: Path) -> None:
     save(figure, target)
 
 
+def new_rows(study: Study, title: str) -> Figure:
+    """A figure with a row an arm, and room for their names."""
+    longest = max(map(len, names_of(study)))
+    return new_figure(title, 1.4 + 0.36 * len(study.arms), WIDTH + 0.07 * max(0, longest - 30))
+
+
+def names_of(study: Study) -> list[str]:
+    return [f"{arm} (control)" if study.experiment.arms[arm].control else arm for arm in study.arms]
+
+
 def draw_panel(study: Study, axes: Axes, values: Mapping[str, Sequence[float]], metric: str, highest: float) -> None:
     """highest: of all panels, so that they have one scale."""
     look = styles(study)
     for row, (arm, each) in enumerate(values.items()):
         if not each:
+            continue
+        if not all(map(math.isfinite, each)):  # of a run that diverged: no bar has that length
+            write_beside(axes, "not finite", 0.0, row)
             continue
         middle, error = mean(each), std(each)
         axes.barh(row, middle, height=0.62, color=look[arm]["color"], alpha=0.75)
@@ -73,7 +89,7 @@ def few_ticks(axes: Axes) -> None:
 
 def name_rows(study: Study, axes: Axes) -> None:
     """The arms' names beside the rows, the first on top."""
-    names = [f"{arm} (control)" if study.experiment.arms[arm].control else arm for arm in study.arms]
+    names = names_of(study)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -81,7 +97,7 @@ def name_rows(study: Study, axes: Axes) -> None:
 def draw_reached(study: Study, reached: Reached, target: Path) -> None:
     """Steps, and seconds, until an arm's training loss was as low as that of `against` at its end."""
     against = study.experiment.against
-    figure = new_figure(f"until the final training loss of {against} is reached", height=1.4 + 0.36 * len(study.arms))
+    figure = new_rows(study, f"until the final training loss of {against} is reached")
     each = figure.subplots(1, 2, sharey=True)
     for axes, unit in zip(each, ("steps", "seconds"), strict=True):
         look = styles(study)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ...curve import INK, PALETTE, dress
+from ...files import read_json
 from ...heatmap import draw_heatmap
 from ..contribution import Game, measures
 from ..results import Study
@@ -25,7 +25,7 @@ def draw_routing(study: Study, folder: Path) -> dict[str, str]:
         paths = [study.folder(arm, seed) / "routing.json" for seed in study.seeds]
         if not all(path.exists() for path in paths):
             continue
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        runs = [read_json(path) for path in paths]
         for axis in ("task", "layer"):
             if all(axis in run for run in runs):
                 matrix = np.mean([run[axis] for run in runs], axis=0)

@@ -46,8 +46,9 @@ def styles(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """One for all panels, below them."""
-    columns = min(len(labels), 5)
+    """One for all panels, below them; as many columns as the figure is wide enough for."""
+    letters = 11 * figure.get_figwidth()
+    columns = max(1, min(len(labels), 5, int(letters / (max(map(len, labels)) + 6))))
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK,
         handlelength=2.4,
