@@ -42,7 +42,7 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     for path in options.recipes:
         try:
             if is_experiment(path):
-                from .experiments.compare import describe
+                from .experiments.checks import describe
 
                 refuse(overrides, "an experiment")
                 line, told = describe(path, options.quick)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..checks import ignored
-from ..manifest import differences
 from ..recipe_values import suggest
-from ..recipes import settings_of
 from ..report import format_duration, print_whole
-from .experiment import Experiment, load_experiment, names_in
+from .checks import check_arms, idle
+from .experiment import Experiment, load_experiment
 from .fairness import violations
 from .jobs import Job
 from .report import write_report
 from .results import Study, study_of
 from .runner import Runner, alone
-from .shared import TAKEN, finished, without_place
+from .shared import TAKEN, finished
 from .statistics import Comparison, mean
 from .words import figure_of, finding_of, p_words, percent
-
-SAME = "{} and {} are one and the same: their settings do not differ"
 
 
 def compare(
@@ -53,7 +48,7 @@ def compare(
         raise ValueError(f"--seeds is {', '.join(map(str, seeds))}; name each seed once.")
     numbers = list(seeds) or (experiment.seeds[: experiment.quick.seeds] if quick else experiment.seeds)
     check_arms(experiment)
-    for words in [*(SAME.format(*pair) for pair in twins(experiment)), *without_effect(experiment)]:
+    for words in idle(experiment):
         console.print(words, style="yellow", markup=False, highlight=False)
     jobs = [Job(experiment, arm, seed) for seed in numbers for arm in chosen]
     extra = [arm for arm in chosen if arms and arm not in arms]
@@ -107,62 +102,6 @@ def choose(experiment: Experiment, arms: Sequence[str]) -> list[str]:
             known = list(experiment.arms)
             raise ValueError(f"{experiment.path} has no arm '{arm}'.{suggest(arm, known)} It has {', '.join(known)}.")
     return list(arms) or experiment.is_quick and experiment.quick.arms or list(experiment.arms)
-
-
-def check_arms(experiment: Experiment) -> None:
-    """ValueError, before anything runs, for an arm whose recipe does not resolve, or cannot be compared."""
-    settings = {arm: settings_of(Job(experiment, arm, experiment.seeds[0]).recipe_text()) for arm in experiment.arms}
-    for arm, found in settings.items():
-        where = f"arms.{arm} {experiment.arms[arm].where}"
-        if found["training"].get("push_to_hub"):
-            raise ValueError(
-                f"{where} has training.push_to_hub: every run, controls too, would be pushed to one repository. Set "
-                "overrides: {training.push_to_hub: false}, and push the run you choose with `kv-trainer train`."
-            )
-        ours, theirs = ({"evaluation": judged(one)} for one in (found, settings[experiment.against]))
-        wrong = differences(theirs, ours)
-        if wrong:
-            raise ValueError(
-                f"{where} is evaluated in another way than {experiment.against} ({'; '.join(wrong)}), so their "
-                "metrics could not be compared. Set it for all arms, under overrides."
-            )
-
-
-def judged(settings: dict[str, Any]) -> dict[str, Any]:
-    """How a run is evaluated, by its settings; a batch's size changes nothing but rounding."""
-    return {key: value for key, value in settings["evaluation"].items() if key != "batch_size"}
-
-
-def twins(experiment: Experiment) -> list[tuple[str, str]]:
-    """Arms whose runs differ in nothing but the name: a change that was meant has no effect."""
-    names = [name for name, arm in experiment.arms.items() if not arm.seconds_of]
-    texts = {name: Job(experiment, name, experiment.seeds[0]).recipe_text() for name in names}
-    each = {name: without_place(settings_of(text)) for name, text in texts.items()}
-    return [(one, other) for one, other in combinations(names, 2) if each[one] == each[other]]
-
-
-def without_effect(experiment: Experiment) -> list[str]:
-    """What the file sets for an arm that does nothing there; what the recipe sets is not said of every arm again."""
-    found = []
-    for name in experiment.arms:
-        recipe = Job(experiment, name, experiment.seeds[0]).recipe()
-        given = [*names_in(experiment.settings(name))]
-        for message in ignored(recipe.args, {teacher: t.weight for teacher, t in recipe.teachers.items()}):
-            setting = message.partition(" has no effect")[0]
-            if any(f"{key}.".startswith(f"{setting}.") for key in given):
-                found.append(f"arms.{name} {experiment.arms[name].where}: {message}")
-    return found
-
-
-def describe(path: str, quick: bool = False) -> tuple[str, list[str]]:
-    """The line of `kv-trainer validate` for an experiment file, and what it should be warned of."""
-    experiment = load_experiment(path, quick)
-    check_arms(experiment)
-    runs = len(experiment.arms) * len(experiment.seeds)
-    arms = ", ".join(experiment.arms)
-    same = "".join(f"; {SAME.format(*pair)}" for pair in twins(experiment))
-    line = f"ok {path}: {runs} runs of {experiment.recipe}: {arms}; against {experiment.against}{same}"
-    return line, without_effect(experiment)
 
 
 def run_all(console: Console, experiment: Experiment, jobs: list[Job]) -> Mapping[tuple[str, int], Mapping[str, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kv_trainer.cli import main
-from kv_trainer.experiments.compare import check_arms, choose, describe, twins, without_effect
+from kv_trainer.experiments.checks import check_arms, describe, twins, without_effect
+from kv_trainer.experiments.compare import choose
 from kv_trainer.experiments.experiment import is_experiment, load_experiment
 from kv_trainer.experiments.jobs import Job, as_word, equal_steps
 from kv_trainer.recipe_tree import RecipeError
@@ -120,7 +121,7 @@ def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
 def test_arms_that_are_one_and_the_same_are_found() -> None:
     Path("e.yaml").write_text(BASE + "  again: {set: {losses.kv_relation: {}}}\n")
     assert twins(load_experiment("e.yaml")) == [("full", "again")]
-    assert "; full and again are one and the same" in describe("e.yaml")[0]
+    assert describe("e.yaml")[1] == ["full and again are one and the same: their settings do not differ"]
 
 
 def test_arms_are_judged_in_one_way() -> None:
