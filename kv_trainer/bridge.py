@@ -247,7 +247,7 @@ class KVBridge(nn.Module):
         terms = {}
         for name, loss in self.losses.items():
             with part(f"losses.{name}"):
-                terms[name] = loss(inputs)
+                terms[name] = check_term(name, loss(inputs))
         if self.router is not None and inputs.weights is not None:
             terms[ROUTER_TERM] = self.fusion.regulariser(inputs.weights).sum() / given.num_samples
         self.terms = {name: term.detach() for name, term in terms.items()}
@@ -335,6 +335,14 @@ def heard_of(given: Supervision, inputs: LossInputs) -> dict[str, Tensor]:
         parts += [] if nll is None else [nll.float().sum()]
         found[name] = torch.stack(parts).sum() if parts else inputs.labels.new_zeros((), dtype=torch.float32)
     return found
+
+
+def check_term(name: str, term: Any) -> Tensor:
+    """What a loss has returned. ValueError, which a user's own loss may earn, for anything but a scalar tensor."""
+    if isinstance(term, Tensor) and term.dim() == 0:
+        return term
+    shape = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+    raise ValueError(f"losses.{name} has returned {shape}; a loss returns a scalar tensor.")
 
 
 def check_layers(name: str, loss: DistillationLoss, count: int) -> None:

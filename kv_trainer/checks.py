@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 
 from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
 from .fusion import Confidence, Fixed, Router
-from .losses import KVRelationLoss
+from .losses import KVRelationLoss, needs_teacher
 
 logger = logging.getLogger(__name__)
 # Of Trainer's own evaluation, which ours takes the place of.
@@ -42,6 +43,12 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
             "states are centred over its own samples and the student's over all, which no student can match. Set "
             "samples to 1, or take fusion: {method: uniform}.", relation.samples,
         )  # fmt: skip
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, and each would train alone, into the same folder: Trainer sees no "
+            "device for them. On CPUs set training.use_cpu: true."
+        )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "training.average_tokens_across_devices: false would count the tokens of one process, and weigh the "
@@ -103,6 +110,8 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
     ]  # fmt: skip
     if args.evaluation.do_sample and not args.evaluation.generate:
         found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
+    if weights and not any(needs_teacher(loss.needs) for loss in args.losses.values()):
+        found.append("teachers has no effect: no loss needs one; add to losses one that does, such as kv_relation.")
     if not weights:
         alone = {"fusion": args.fusion != Confidence(), "alignment": args.alignment != AlignmentConfig(),
                  "control.shuffle": args.control.shuffle is not None}  # fmt: skip

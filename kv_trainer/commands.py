@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,11 +16,18 @@ if TYPE_CHECKING:
 def train(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load(options.recipe, overrides, options.quick)
     from .callbacks import ProfileSteps
+    from .manifest import last_whole
     from .run import leave_together
     from .run import train as run_train
 
     watch = (lambda trainer: trainer.add_callback(ProfileSteps)) if options.profile else None
-    run_train(recipe, resume="auto" if options.auto_resume else options.resume, watch=watch)
+    try:
+        run_train(recipe, resume="auto" if options.auto_resume else options.resume, watch=watch)
+    except KeyboardInterrupt:
+        found, _ = last_whole(Path(str(recipe.args.output_dir)))
+        goes_on = f"--resume goes on from {found.name}" if found else "there is no checkpoint to go on from"
+        print(f"kv-trainer: stopped; {goes_on}", file=sys.stderr)
+        return 130
     leave_together()
     return 0
 

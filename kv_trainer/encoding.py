@@ -58,7 +58,14 @@ def encoded(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, teachers:
     ValueError where a stored teacher does not have them.
     """
     stored = stored_among(teachers)
-    if "input_ids" not in (rows.column_names or ()):
+    columns = set(rows.column_names or ())
+    wanted = {"row", "labels", *(f"{name}/input_ids" for name in teachers)}
+    if "input_ids" in columns and not wanted <= columns:
+        raise ValueError(
+            f"train_dataset has input_ids, but no {', '.join(sorted(wanted - columns))}: rows that were encoded "
+            "elsewhere cannot be aligned with teachers. Give text alone: prompt + completion, messages or text."
+        )
+    if "input_ids" not in columns:
         readers = {name: teacher.reader for name, teacher in teachers.items()}
         as_student = {name for name, teacher in stored.items() if not teacher.raw}
         own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapters import load_trained
 from .onnx_graph import check_graph, empty_cache, limit_of, prepare, random_ids, write_graph
+from .resolve import loading
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -38,7 +39,7 @@ def export(model: str, format: str, output: str | os.PathLike[str], trust_remote
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; give one of {', '.join(FORMATS)}.")
-    with new_folder(output) as (folder, target):
+    with new_folder(output) as (folder, target), loading("MODEL", model):
         difference = FORMATS[format](model, folder, trust_remote_code)
         tokenizer_of(model, trust_remote_code).save_pretrained(folder)
     return Exported(tuple(sorted(path for path in target.rglob("*") if path.is_file())), difference)
@@ -77,6 +78,7 @@ def tokenizer_of(model: str, trust_remote_code: bool) -> Any:
 def write_merged(model: str, folder: Path, trust_remote_code: bool) -> float:
     """Adapters and their base as one plain checkpoint, in the base's dtype. Returns the largest change of a logit."""
     if find_adapter_config_file(model) is None:
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)  # or it is no model at all
         raise ValueError(f"'{model}' has no adapters, so there is nothing to merge: it is a plain checkpoint already.")
     adapted = load_trained(model, trust_remote_code=trust_remote_code).eval()
     ids = random_ids(adapted, 2, 12)

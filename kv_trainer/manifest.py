@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "kv_manifest.json"
 STATE_FILE = "trainer_state.json"
 SAMPLES = 1024
+# A checkpoint's optimizer state has these in it: other values would be written down, and not be used.
+OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SHAPES = ("bridge", "resting")  # of the bridge's tensors, which follow from the settings
 FREE = ("losses", "data", "seed", "step")  # what a resume may change, as long as it is told
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
 
@@ -95,6 +98,7 @@ def describe_run(
         "control": asdict(args.control),
         "data": data,
         "losses": {name: asdict(loss) for name, loss in args.losses.items()},
+        "optimizer": {name: getattr(args, name) for name in OPTIMIZER},
         "seed": args.seed,
         "step": {
             "processes": args.world_size, "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -146,13 +150,17 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
     path = folder / MANIFEST_FILE
     if not path.exists():
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
-    saved = completed(json.loads(path.read_text(encoding="utf-8")))
     now = json.loads(json.dumps(manifest))  # as JSON has it
+    saved = {"optimizer": now["optimizer"], **completed(json.loads(path.read_text(encoding="utf-8")))}
     for told in (saved, now):  # the hash of its weights says which teacher it is, wherever it came from
         for teacher in told.get("teachers", {}).values():
             teacher.pop("model", None), teacher.pop("revision", None)
     found = {key: differences(saved.get(key), now[key], key) for key in now}
-    fixed = [line for key, lines in found.items() if key not in FREE for line in lines]
+    fixed = [line for key, lines in found.items() if key not in (*FREE, *SHAPES) for line in lines]
+    shapes = [line for key in SHAPES for line in found.get(key, [])]
+    if shapes and not fixed:  # else they say the same in many words
+        added = [line for line in found["losses"] if "not there" in line]
+        fixed = added or shapes
     if fixed:
         raise ValueError(f"{folder.name} is of another run: {'; '.join(fixed)}. Restore its settings, or start anew.")
     free = [line for key in FREE for line in found[key]]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ModelConfig, Recipe
+
+# Families, of those that can be captured, with a table of positions.
+LEARNED_POSITIONS = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt")
 
 
 def check_models(recipe: Recipe) -> list[str]:
@@ -29,10 +32,21 @@ def check_models(recipe: Recipe) -> list[str]:
             raise ValueError(
                 f"{place}: the tokenizer has {count} tokens, {shape} only {config.vocab_size}; give its own."
             )
+        check_length(place, config, recipe.args.data.max_length)
         kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
         if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
             raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
     return skipped
+
+
+def check_length(place: str, config: PreTrainedConfig, length: int) -> None:
+    """ValueError where rows may be longer than a table of positions that a model has learned; RoPE has none."""
+    most = getattr(config, "max_position_embeddings", None)
+    if config.model_type in LEARNED_POSITIONS and most is not None and length > most:
+        raise ValueError(
+            f"{place}: data.max_length is {length}, but this {config.model_type} has {most} positions and fails beyond "
+            f"them; set data.max_length to {most} at most."
+        )
 
 
 def tokens_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -50,12 +64,19 @@ def tokens_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return count
 
 
+def check_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """ValueError for a tokenizer that has no words: what transformers makes up for a folder that holds none."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise ValueError(f"{name} has no tokenizer; save its own there, or name it: tokenizer.")
+
+
 def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a local folder, or None where it is not local."""
     name = model.tokenizer or model.model
     if not name or not os.path.exists(name):
         return None
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    check_words(tokenizer, name)
     if not tokenizer.is_fast:
         raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")
     if model.chat and not tokenizer.chat_template:

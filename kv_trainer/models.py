@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .arguments import ModelConfig, StudentConfig, TeacherConfig
+from .model_checks import check_words
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config with one entry a layer
 
@@ -34,6 +35,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     assert name is not None, "recipes.py checks that a model without weights names its tokenizer"
     revision = config.revision if config.tokenizer is None else None
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    check_words(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

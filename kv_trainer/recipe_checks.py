@@ -13,6 +13,7 @@ from .recipe_tree import Node, RecipeError
 from .recipe_values import suggest
 
 MEASURED = ("loss", "perplexity", "accuracy", "accuracy_macro")  # by an evaluation, besides each task's accuracy
+TRACKERS = ("tensorboard", "wandb", "mlflow", "clearml", "trackio")  # that are called as their packages are
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -122,6 +123,18 @@ def check_compiler(recipe: Recipe, tree: Node) -> None:
         )
 
 
+def check_trackers(recipe: Recipe, tree: Node) -> None:
+    """What is to be reported to must be installed; Trainer would fail on it once all is loaded."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    asked = recipe.args.report_to
+    for name in asked if isinstance(asked, list) else ():
+        if name in TRACKERS and name not in there:
+            where = tree.at("training", "report_to")
+            raise RecipeError(f"training.report_to {where} names {name}, which is not installed: pip install {name}.")
+
+
 def check_around(recipe: Recipe, tree: Node) -> None:
     """Early stopping and growing accumulation, which lean on fields of `training`."""
     try:
@@ -148,3 +161,4 @@ def check(recipe: Recipe, tree: Node) -> None:
     check_evaluation(recipe, tree)
     check_around(recipe, tree)
     check_compiler(recipe, tree)
+    check_trackers(recipe, tree)

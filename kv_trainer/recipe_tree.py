@@ -19,6 +19,8 @@ NESTED = (
 )  # fmt: skip
 SECTIONS = ("student", "teachers", *NESTED, "training")
 KINDS = {"fusion": "method", "peft": "type"}  # sections whose other keys depend on one of them
+# Overrides that are text, whatever YAML would make of their braces and hashes.
+TEXT = re.compile(r"--(data\.(prompt|response|task|answer|teacher_text\.[\w-]+)|evaluation\.answer_pattern)")
 COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 5e-5 as text
 
@@ -168,7 +170,11 @@ def read_overrides(overrides: Sequence[str], folder: Path, here: str) -> Node:
         try:
             node = parse(text, lambda line: here, folder)
         except RecipeError as error:
-            raise RecipeError(f"{name}: {error}") from error
+            if not TEXT.fullmatch(name):
+                raise RecipeError(f"{name}: {error}") from error
+            node = Node(text, here, folder)
+        if TEXT.fullmatch(name) and not isinstance(node.value, str | None):
+            node = Node(text, here, folder)
         for key in reversed(keys):
             node = Node({key: node}, here, folder)
         tree = merge(tree, node)

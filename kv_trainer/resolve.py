@@ -6,7 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from .arguments import CHECKPOINTING, ModelConfig, MultiTeacherKVConfig, Student
 from .capture import count_parameters
 from .data import Reader
 from .losses import DistillationLoss
-from .model_checks import tokens_of_text
+from .losses.base import NEEDS
+from .model_checks import check_length, tokens_of_text
 from .models import load_pretrained, load_random, load_student, load_tokenizer
+from .recipe_values import suggest
 from .store.teacher import open_teacher
 from .teachers import Teacher
 
@@ -29,8 +31,8 @@ CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are r
 
 
 @contextmanager
-def naming(section: str, model: Any) -> Iterator[None]:
-    """Inside the block, what goes wrong with a model's files or tokenizer says whose they are."""
+def loading(section: str, model: Any) -> Iterator[None]:
+    """Inside the block, a model that is not there is told by name."""
     try:
         yield
     except OSError as error:
@@ -38,7 +40,17 @@ def naming(section: str, model: Any) -> Iterator[None]:
             f"{section} is '{model}', which could not be loaded: there is no such folder from here, or it is no model, "
             f"or not on the Hub. {error}"
         ) from error
+
+
+@contextmanager
+def naming(section: str, model: Any) -> Iterator[None]:
+    """Inside the block, what goes wrong with a model's files or tokenizer says whose they are."""
+    try:
+        with loading(section, model):
+            yield
     except ValueError as error:
+        if str(error).startswith(f"{section} is"):
+            raise
         raise ValueError(f"{section} is '{model}': {error}") from error
 
 
@@ -46,7 +58,7 @@ def kind(x: Any) -> str:
     return type(x).__name__
 
 
-def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any) -> None:
+def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any, data_collator: Any = None) -> None:
     """ValueError for what the trainer cannot take, before anything is loaded."""
     if not isinstance(args, MultiTeacherKVConfig):
         raise ValueError(f"args is a {kind(args)}; give MultiTeacherKVConfig, which has TrainingArguments' fields too.")
@@ -57,6 +69,16 @@ def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any) -> No
     for name, loss in args.losses.items():
         if not isinstance(loss, DistillationLoss):
             raise ValueError(f"losses['{name}'] is {loss!r}; give one of kv_trainer.losses, such as KVRelationLoss().")
+        for need in sorted({*loss.needs} - NEEDS):
+            hint = suggest(need, sorted(NEEDS))
+            raise ValueError(f"losses['{name}'] requires '{need}'.{hint} It may be {', '.join(sorted(NEEDS))}.")
+    if not isinstance(getattr(args.fusion, "needs", frozenset()), frozenset):  # of no fusion at all others tell
+        raise ValueError(f"{kind(args.fusion)}.needs is a {kind(args.fusion.needs)}; give a frozenset of names.")
+    if type(data_collator).__module__.split(".")[0] in ("transformers", "trl"):
+        raise ValueError(
+            f"data_collator is a {kind(data_collator)}, which knows no teachers' texts; leave it out, or give a "
+            "function around a trainer's own data_collator."
+        )
     given = {"train_dataset": train_rows}
     if isinstance(eval_rows, Mapping):
         given |= {f"eval_dataset['{name}']": rows for name, rows in eval_rows.items()}
@@ -103,7 +125,7 @@ def resolve_student(
 def resolve_teacher(
     name: str, given: Any, students: PreTrainedTokenizerBase, device: torch.device | None = None, seed: int = 0
 ) -> Teacher:
-    """A Teacher from whatever the user gave; an instance alone reads with the student's tokenizer.
+    """A Teacher from whatever the user gave; an instance alone reads with the tokenizer of where it was loaded from.
 
     device: where the student trains, for weights that are quantised while they are loaded. seed: of random weights,
     which also depend on the name.
@@ -124,10 +146,11 @@ def resolve_teacher(
             reader = Reader(load_tokenizer(given), given.chat)
             model = load_random(given, own) if given.random else load_pretrained(given, device)
         return Teacher(model, reader, given.weight, placement, seed if given.random else None)
-    model, read = given if isinstance(given, tuple) else (given, students)
-    reader = read if isinstance(read, Reader) else Reader(read)
+    model, read = given if isinstance(given, tuple) else (given, None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
+    read = read or own_tokenizer(name, model) or students
+    reader = read if isinstance(read, Reader) else Reader(read)
     known = model.config.get_text_config().vocab_size
     if known < tokens_of_text(reader.tokenizer):
         raise ValueError(
@@ -135,6 +158,18 @@ def resolve_teacher(
             "the pair (model, tokenizer)."
         )
     return Teacher(model, reader)
+
+
+def own_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the weights of a teacher that is given as an instance; None, and said so, without one."""
+    if model.name_or_path:
+        with suppress(OSError, ValueError):
+            return load_tokenizer(ModelConfig(model=model.name_or_path))
+    logger.warning(
+        "Teacher '%s' is a model without a tokenizer, so it reads with the student's. If that is not its own, give the "
+        "pair (model, tokenizer).", name,
+    )  # fmt: skip
+    return None
 
 
 def resolve_teachers(
@@ -148,6 +183,16 @@ def resolve_teachers(
         else resolve_teacher(name, teacher, reader.tokenizer, args.device, args.seed)
         for name, teacher in given.items()
     }
+
+
+def check_together(student: PreTrainedModel, teachers: Mapping[str, Any], length: int) -> None:
+    """ValueError if the student is its own teacher, or rows of `length` tokens are too long for one of the models."""
+    models = {f"teachers.{name}": getattr(teacher, "model", None) for name, teacher in teachers.items()}
+    for place, model in {"student": student, **models}.items():
+        if place != "student" and model is student:  # to freeze the one would freeze the other
+            raise ValueError(f"{place} is the student itself; load it twice, or give a copy.deepcopy of it.")
+        if model is not None:
+            check_length(place, model.config.get_text_config(), length)
 
 
 def checkpoint_large_student(args: MultiTeacherKVConfig, student: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ from .models import load_tokenizer, same_tokenizer, stop_where_taught
 from .quick import SUFFIX
 from .recipe_tree import RecipeError
 from .recipes import dump_recipe, saved_recipe, settings_of
+from .resolve import loading
 from .store.teacher import StoredTeacher
 from .text import turn_end
 from .trainer import MultiTeacherKVTrainer
@@ -173,8 +174,9 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
             f"--predictions {predictions} is a folder; name a file in it, such as {predictions}/rows.jsonl."
         )
     trusted = recipe.student.trust_remote_code
-    student = load_trained(model, recipe.student.model, trusted).to(recipe.args.device)
-    tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
+    with loading("MODEL", model):
+        student = load_trained(model, recipe.student.model, trusted).to(recipe.args.device)
+        tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
     stop_where_taught(student, tokenizer, turn_end(reader))

@@ -39,6 +39,7 @@ from .report import save_layer_match
 from .resolve import (
     Loadable,
     check_rows,
+    check_together,
     check_types,
     checkpoint_large_student,
     numbered_rows,
@@ -87,7 +88,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         peft_config: Any = None,
     ) -> None:
         args = MultiTeacherKVConfig() if args is None else args
-        check_types(args, teachers, train_dataset, eval_dataset)
+        check_types(args, teachers, train_dataset, eval_dataset, data_collator)
         set_seed(args.seed)  # before random students and projectors are drawn; Trainer does it again, too late
         self.recipe = recipe_of(model, teachers or {}, args, peft_config)
         args.remove_unused_columns = False
@@ -99,6 +100,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             self.teachers = resolve_teachers(teachers or {}, args, self.reader, shape.num_layers if shape else 0)
+            check_together(student, self.teachers, args.data.max_length)
         self.manifest = describe_run(student, self.reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})

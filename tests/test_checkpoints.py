@@ -21,7 +21,7 @@ from kv_trainer.checks import check_arguments
 from kv_trainer.data import Reader
 from kv_trainer.files import beside, folder_beside
 from kv_trainer.fusion import Uniform
-from kv_trainer.losses import CrossEntropy, GradientShare, KVLoss, KVRelationLoss
+from kv_trainer.losses import CODILoss, CrossEntropy, GradientShare, KVLoss, KVRelationLoss
 from kv_trainer.manifest import MANIFEST_FILE, check_match, fingerprint, last_whole, tokenizer_hash, what_is_missing
 from kv_trainer.placement import resident
 from kv_trainer.teachers import Teacher
@@ -137,6 +137,7 @@ def other_teachers(world: World, kind: str) -> dict[str, Any]:
         ({}, "one", r"teachers\.deep was another, is not there"),
         ({"alignment": AlignmentConfig(layers=LayerAlignment("nearest"))}, "", "alignment.layers.method was"),
         ({"fusion": Uniform()}, "", 'fusion.method was "confidence", is "uniform"'),
+        ({"learning_rate": 0.123}, "", r"optimizer.learning_rate was \S+, is 0.123"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -158,10 +159,17 @@ def test_losses_that_need_another_bridge_are_refused(world: World, run: Path, we
         world.trainer(run, losses(weight), **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_a_loss_that_was_not_there_is_named_and_not_its_tensors(world: World, run: Path) -> None:
+    more = {**losses(), "codi": CODILoss()}
+    with pytest.raises(ValueError) as caught:
+        world.trainer(run, more, **SAVING).train(resume_from_checkpoint=True)
+    assert "losses.codi was not there, is another. Restore" in str(caught.value) and "bridge." not in str(caught.value)
+
+
 def test_knobs_that_an_older_version_did_not_have_were_as_by_default(world: World, run: Path, caplog: Any) -> None:
     path = run / "checkpoint-3" / MANIFEST_FILE
     saved = json.loads(path.read_text())
-    del saved["projector"]["activation"], saved["losses"]["kv"]["layers"], saved["resting"]
+    del saved["projector"]["activation"], saved["losses"]["kv"]["layers"], saved["resting"], saved["optimizer"]
     path.write_text(json.dumps(saved))
     world.trainer(run, losses(), **SAVING).train(resume_from_checkpoint=True)
     assert "the rest of the run is not what it would have been" not in caplog.text

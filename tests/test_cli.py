@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
 
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
@@ -177,6 +177,33 @@ def test_user_errors_write_nothing(capsys: pytest.CaptureFixture[str], arguments
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("kv-trainer: error: Unknown key 'training.sed' on the command line. Did you mean 'seed'?")
     assert sorted(os.listdir()) == before
+
+
+def test_ctrl_c_is_told_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kv_trainer.run.train", interrupted)
+    code, _, err = run(capsys, "train", "r.yaml")
+    assert (code, err) == (130, "kv-trainer: stopped; there is no checkpoint to go on from\n")
+    monkeypatch.setattr("kv_trainer.manifest.last_whole", lambda folder: (folder / "checkpoint-40", {}))
+    assert "stopped; --resume goes on from checkpoint-40" in run(capsys, "train", "r.yaml")[2]
+
+
+def test_rows_too_long_for_a_table_of_positions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config(vocab_size=4, n_positions=256, n_embd=8, n_layer=2, n_head=2).save_pretrained("teacher")
+    code, _, err = run(capsys, "validate", "r.yaml")
+    assert code == 2 and "teachers.math of r.yaml: data.max_length is 1024, but this gpt2 has 256 positions" in err
+    assert run(capsys, "validate", "r.yaml", "--data.max_length", "256")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["evaluate", "none", "--recipe", "r.yaml"], ["export", "out/never", "--format"]])
+def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    more = ["merged", "--output", "new"] if command[0] == "export" else []
+    code, _, err = run(capsys, *command, *more)
+    assert code == 2 and f"MODEL is '{command[1]}', which could not be loaded: there is no such folder" in err
 
 
 def test_results_are_not_lost_to_a_wrong_place_for_predictions(capsys: pytest.CaptureFixture[str]) -> None:

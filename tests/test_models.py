@@ -126,6 +126,13 @@ def test_tokenizer_gets_a_pad_token(tiny_tokenizer, saved, tmp_path):
     assert load_tokenizer(ModelConfig(model=saved, tokenizer=str(tmp_path / "bare"))).pad_token == "</s>"
 
 
+def test_a_folder_without_a_tokenizer_is_told(tiny_model, tmp_path):
+    """transformers makes up an empty one for some families, which would read every text as nothing."""
+    tiny_model("qwen2").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare has no tokenizer; save its own there, or name it"):
+        load_tokenizer(ModelConfig(model=str(tmp_path / "bare")))
+
+
 def test_same_tokenizer(tiny_tokenizer, saved):
     one, other = tiny_tokenizer(40), tiny_tokenizer(41)
     assert same_tokenizer(one, one) and same_tokenizer(one, load_tokenizer(ModelConfig(model=saved)))

@@ -270,8 +270,8 @@ def test_a_deprecated_field_is_a_warning() -> None:
             "lr_scheduler_kwargs",
             {"min_lr": 1e-6},
         ),
-        ("training: {report_to: [tensorboard]}", "report_to", ["tensorboard"]),
-        ("training: {report_to: tensorboard}", "report_to", ["tensorboard"]),
+        ("training: {report_to: [codecarbon]}", "report_to", ["codecarbon"]),
+        ("training: {report_to: codecarbon}", "report_to", ["codecarbon"]),
         ("training: {optim_target_modules: all}", "optim_target_modules", "all"),
         ("training: {accelerator_config: {even_batches: false}}", "accelerator_config.even_batches", False),
         ("training: {run_name: '5e-5'}", "run_name", "5e-5"),
@@ -314,6 +314,23 @@ def test_overrides(override: list[str], field: str, expected: object) -> None:
     for name in field.split("."):
         value = getattr(value, name)
     assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("data.prompt", "{question}", "{question}"),
+        ("data.response", "{work}: {answer}", "{work}: {answer}"),
+        ("data.response", "#### {answer}", "#### {answer}"),
+        ("data.prompt", "'\"{question}\"'", '"{question}"'),
+        ("data.prompt", '"{question}\\n"', "{question}\n"),
+        ("data.answer", "42", "42"),
+        ("data.prompt", "null", None),
+    ],
+)
+def test_templates_on_the_command_line_are_text(key: str, text: str, expected: str | None) -> None:
+    recipe = load_recipe(write(BASE), [f"--{key}", text])
+    assert getattr(recipe.args.data, key.partition(".")[2]) == expected
 
 
 def test_overrides_of_losses_and_teachers() -> None:
@@ -469,6 +486,7 @@ def test_what_is_around_the_steps_is_read_and_saved() -> None:
             "training: {gradient_accumulation_steps: 0}",
             "training in recipes/x.yaml, line 3: gradient_accumulation_steps is 0; give 1 or more",
         ),
+        ("training: {report_to: [trackio]}", "training.report_to in recipes/x.yaml, line 3 names trackio, which is n"),
         ("training: {num_train_epochs: 0}", "training in recipes/x.yaml, line 3: num_train_epochs is 0: nothing would"),
         (
             "training: {torch_compile: true, torch_compile_backend: inducto}",
@@ -566,7 +584,7 @@ def test_a_recipe_without_idle_settings_is_told_nothing() -> None:
         ALONE,
         BASE,
         BASE + "  eval_strategy: steps\n  eval_steps: 5\n  lr_scheduler_type: cosine\n  debug: underflow_overflow\n"
-        "  accelerator_config: {even_batches: false}\n  report_to: [tensorboard]\n  save_total_limit: null\n"
+        "  accelerator_config: {even_batches: false}\n  report_to: [codecarbon]\n  save_total_limit: null\n"
         "  logging_steps: 500\n  run_name: 'null'\n  use_cpu: true\n  optim_args: '1e-5'\n"
         "  save_strategy: no\n  label_names: []\n  include_num_input_tokens_seen: true\n"
         "projector: {mlp_ratio: 1.5}\nalignment: {layers: {method: explicit, map: {math: [0, 3], code: [1, 2]}}}\n"

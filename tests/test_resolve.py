@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers_trainer import ROWS, World
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainingArguments
 
 from kv_trainer import MultiTeacherKVTrainer
 from kv_trainer.callbacks import NonFiniteLoss
+from kv_trainer.checks import check_arguments
 from kv_trainer.fusion import Confidence, TaskWise
-from kv_trainer.losses import CrossEntropy, KVRelationLoss
+from kv_trainer.losses import CrossEntropy, DistillationLoss, KVRelationLoss, LossInputs
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,23 @@ def broken(world: World, parameter: str) -> dict[str, Any]:
 
 class Own(Confidence):
     """As `confidence`, under another name."""
+
+
+@dataclass
+class Misspelt(DistillationLoss):
+    requires: ClassVar[frozenset[str]] = frozenset({"student_kv", "teacher_kvs"})
+
+
+@dataclass
+class Vector(DistillationLoss):
+    requires: ClassVar[frozenset[str]] = frozenset({"student_kv", "teacher_kv"})
+
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        return inputs.student.keys[0].pow(2).mean((1, 2, 3))
+
+
+class Loose(Confidence):
+    needs = ("nll",)
 
 
 RELATION = {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss()}
@@ -69,6 +88,10 @@ def test_shares_that_are_no_numbers_stop_a_run(world: World, tmp_path: Path, mon
         ({"losses": [CrossEntropy()]}, "losses is a list; give a dict"),
         ({"losses": {"cross_entropy": CrossEntropy(weight=0.0)}}, "No loss has a weight"),
         ({"fusion": "uniform"}, "fusion is 'uniform'; give one of kv_trainer.fusion"),
+        ({"losses": {"own": Misspelt()}}, "losses\\['own'\\] requires 'teacher_kvs'. Did you mean 'teacher_kv'"),
+        ({"fusion": Loose()}, "Loose.needs is a tuple; give a frozenset of names"),
+        ({"collator": DataCollatorWithPadding(None)}, "data_collator is a DataCollatorWithPadding, which knows no"),
+        ({"rows": Dataset.from_dict({"input_ids": [[1, 2]]})}, "train_dataset has input_ids, but no labels, row"),
         ({"rows": ROWS}, "train_dataset is a list; give a datasets.Dataset"),
         ({"eval_rows": ROWS}, "eval_dataset is a list; give a datasets.Dataset"),
         ({"eval_rows": {"one": ROWS}}, "eval_dataset\\['one'\\] is a list; give a datasets.Dataset"),
@@ -84,7 +107,7 @@ def test_mistakes_are_told_before_anything_is_loaded(world: World, tmp_path: Pat
     with pytest.raises(ValueError, match=said):
         MultiTeacherKVTrainer(
             world.student(), given.get("teachers", {}), args, rows, given.get("eval_rows"),
-            processing_class=world.tokenizer(40),
+            processing_class=world.tokenizer(40), data_collator=given.get("collator"),
         )  # fmt: skip
 
 
@@ -96,6 +119,49 @@ def test_a_model_that_is_not_there_is_named(world: World, tmp_path: Path, what: 
         world.trainer(tmp_path / "out", teachers={"math": where})
     with pytest.raises(ValueError, match=f"^student is '{where}'"):
         MultiTeacherKVTrainer(where, args=world.arguments(tmp_path / "out"), train_dataset=world.encoded)
+
+
+def test_a_loss_of_one_s_own_that_is_no_scalar_is_named(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"losses.own has returned a tensor of shape \[\d\]; a loss returns a scalar"):
+        world.trainer(tmp_path, {"cross_entropy": CrossEntropy(), "own": Vector()}).train()
+
+
+def test_a_teacher_alone_reads_with_the_tokenizer_it_was_loaded_with(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not with the student's: any ids below its vocabulary would do, and teach nonsense."""
+    model, tokenizer = world.teachers()["fine"]
+    model.save_pretrained(tmp_path / "fine")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "fine")
+    assert len(world.tokenizer(40)) <= model.config.vocab_size
+    world.trainer(tmp_path / "a", RELATION, teachers={"fine": alone}, rows=Dataset.from_list(ROWS))
+    assert "Teacher 'fine' is a model without a tokenizer, so it reads with the student's" in caplog.text
+    caplog.clear()
+    tokenizer.save_pretrained(tmp_path / "fine")
+    both = {"alone": alone, "pair": (model, tokenizer)}
+    rows = world.trainer(tmp_path / "b", RELATION, teachers=both, rows=Dataset.from_list(ROWS)).train_dataset
+    assert list(rows["alone/input_ids"]) == list(rows["pair/input_ids"]) != list(rows["input_ids"])
+    assert "without a tokenizer" not in caplog.text
+
+
+def test_a_student_is_not_its_own_teacher(world: World, tmp_path: Path) -> None:
+    student = world.student()
+    with pytest.raises(ValueError, match="teachers.self is the student itself; load it twice"):
+        world.trainer(tmp_path, RELATION, student=student, teachers={"self": (student, world.tokenizer(40))})
+
+
+def test_teachers_that_no_loss_asks_are_told(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world.trainer(tmp_path, {"cross_entropy": CrossEntropy()})
+    assert "teachers has no effect: no loss needs one; add to losses one that does" in caplog.text
+
+
+def test_processes_that_would_train_side_by_side_are_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = world.arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and each would train alone.*training.use_cpu"):
+        check_arguments(args, {})
 
 
 def test_a_student_that_lacks_tokens_is_told(world: World, tmp_path: Path) -> None:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from ..fusion import Fusion
 
 
+# What a loss may require; everything else would never be there.
+NEEDS = frozenset({
+    "logits", "student_kv", "teacher_kv", "projectors", "student_hidden", "teacher_hidden", "hidden_projectors",
+    "answer_positions", "student_attention", "teacher_attention", "student_importance", "teacher_importance",
+    "teacher_logits",
+})  # fmt: skip
+
+
 @dataclass
 class LossInputs:
     """All that a loss may look at. What no loss requires is None.
