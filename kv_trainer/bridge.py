@@ -143,7 +143,7 @@ class KVBridge(nn.Module):
             queries="teacher_attention" in self.requires,
             importance="teacher_importance" in self.requires,
             hidden="teacher_hidden" in self.requires,
-            mass=self.selects and "teacher_kv" in self.requires,
+            mass=self.selects and ("teacher_kv" in self.requires or "teachers" in self.fusion.needs),
             reduce=self.align,
         )
 

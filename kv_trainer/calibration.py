@@ -96,7 +96,7 @@ class Calibration:
         """[M, tasks]: the mean of the first `samples` rows of each task."""
         if "task" not in self.rows.column_names:
             raise ValueError("fusion.method is task_wise, but the rows have no task; give data.task, or another one.")
-        tasks = torch.tensor(list(self.rows["task"]))
+        tasks = torch.tensor([-1 if task is None else task for task in self.rows["task"]])
         columns = []
         for task in range(int(tasks.max()) + 1):
             chosen = (tasks == task).nonzero()[:samples, 0].tolist()
@@ -110,7 +110,7 @@ class Calibration:
         best = self.score(chosen).argmin(0)
         made = []
         for i, (name, teacher) in enumerate(self.teachers.items()):
-            teacher.prepare(self.bridge.layer_maps[name].needed, TeacherNeeds())
+            teacher.prepare(self.bridge.layer_maps[name].needed, TeacherNeeds(mass=self.bridge.selects))
             found = []
             for batch in self.batches(chosen):
                 kv = align(
@@ -141,7 +141,7 @@ class Calibration:
             if teacher.shape.aligned:  # matched before it was stored
                 continue
             numbers = teacher.shape.layer_numbers
-            teacher.prepare(numbers, TeacherNeeds())
+            teacher.prepare(numbers, TeacherNeeds(mass=self.bridge.selects))
             theirs = [
                 align(teacher.signal(b["teachers"][name]), explicit(numbers), b["attention_mask"]).kv for b in batches
             ]

@@ -140,7 +140,8 @@ def worth_learning(encoded: Dataset, teachers: Sequence[str], options: dict[str,
 
     options: of datasets.Dataset.filter.
     """
-    supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels), input_columns="labels", **options)
+    # The first label is no next token of anything.
+    supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels[1:]), input_columns="labels", **options)
     if len(supervised) < len(encoded):
         without = len(encoded) - len(supervised)
         logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))

@@ -180,6 +180,13 @@ class MultiTeacherKVTrainer(HubTrainer):
                 "gradient_share and monitor.loss_scales_every measure gradients of whole parameters, which ZeRO-3 and "
                 "FSDP deal out; give losses a number (kv-trainer diagnose --write finds one), or use ZeRO-2 or DDP."
             )
+        sinks = any(name.endswith(".sinks") for name, _ in self.model.named_parameters())
+        if self.sharded and sinks and "student_importance" in self.bridge.requires:
+            raise ValueError(
+                "attention: student reads the student's attention sinks, which ZeRO-3 and FSDP deal out; take "
+                "attention: teacher, or ZeRO-2 or DDP."
+            )
+        self._loss_shifts_labels = True  # our losses do, whatever the student's own would: tokens are counted so
         # Our losses are sums over the micro-batch divided by counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         # The tokens are counted for our losses, whether or not the student's own forward would take the count.
@@ -213,6 +220,12 @@ class MultiTeacherKVTrainer(HubTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any):
         found = super()._init_training_state(*args, **kwargs)
         return self.growth.position(self.state.global_step) if self.growth else found
+
+    def _prepare_input(self, data: Any) -> Any:
+        """A batch on its device, as it is: Trainer would cast all floats to the dtype of a DeepSpeed engine's weights,
+        and positions, which bf16 counts to 256, are among them.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with part("backward"):  # and what little is around it: the parts of the forward pass are counted apart

@@ -412,6 +412,13 @@ def test_length_is_cut_on_both_sides(tiny_tokenizer):
     assert row["t/index"][-1] == -1, "the teacher never got to the end"
 
 
+def test_a_first_token_alone_is_nothing_to_learn(plain, caplog):
+    """It comes after nothing: a step of such rows would divide zero by zero."""
+    rows = Dataset.from_list([{"text": ""}, {"text": "two plus two"}])
+    found = encode_rows(rows, Reader(plain), {}, DataConfig())
+    assert len(found) == 1 and "1 of 2 rows have no supervised token" in caplog.text
+
+
 def test_rows_without_a_learned_token_are_left_out_with_a_word(plain, caplog):
     rows = Dataset.from_list([ROWS[0], ROWS[1]])
     short = DataConfig(max_length=len(encode(example_of(ROWS[0], DataConfig()), Reader(plain), 999).input_ids))

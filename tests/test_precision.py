@@ -85,6 +85,26 @@ def test_router_stays_in_float32(world: World, tmp_path: Path, precision: str) -
     assert all(math.isfinite(log["loss"]) for log in curve(trainer))
 
 
+def test_positions_are_not_rounded_to_an_engine_s_precision(world: World, tmp_path: Path) -> None:
+    """Trainer casts the floats of a batch to DeepSpeed's dtype, in which 257.0 is 256; it asks `_prepare_input`."""
+    trainer = world.trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    batch = {"teachers": {"fine": {"index": torch.tensor([[256.5, 257.0]])}}, "row": torch.tensor([1])}
+    found = trainer._prepare_inputs(batch)["teachers"]["fine"]["index"]
+    assert found.dtype == torch.float32 and found.tolist() == [[256.5, 257.0]]
+
+
+@pytest.mark.parametrize("name", ["codi", "router", "router of layers"])
+def test_maps_that_an_engine_has_cast_are_fed_their_own_precision(world: World, tmp_path: Path, name: str) -> None:
+    """DeepSpeed and FSDP2 cast the bridge with the student; on two processes it is tests/distributed that trains."""
+    fusion = {} if name == "codi" else {"fusion": Router(per_layer=name != "router")}
+    trainer = world.trainer(tmp_path, with_text("codi" if name == "codi" else "kv_relation"), **fusion)
+    trainer.model.kv_bridge.to(HALF)
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in curve(trainer))
+    assert name == "codi" or trainer.bridge.weights.dtype == torch.float32
+
+
 def test_teachers_of_a_recipe_have_their_own_precision(tiny_model, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     assert load_pretrained(TeacherConfig(model=str(tmp_path), dtype="bfloat16")).dtype == HALF

@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from helpers_trainer import ROWS, World
+from helpers_trainer import ROWS, World, curve
 from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainingArguments
 
 from kv_trainer import MultiTeacherKVTrainer
+from kv_trainer.arguments import AlignmentConfig, DataConfig, LayerAlignment, TimeAlignment
 from kv_trainer.callbacks import NonFiniteLoss
 from kv_trainer.checks import check_arguments
-from kv_trainer.fusion import Confidence, TaskWise
-from kv_trainer.losses import CrossEntropy, DistillationLoss, KVRelationLoss, LossInputs
+from kv_trainer.data import Reader, encode_rows
+from kv_trainer.fusion import Confidence, Similarity, TaskWise
+from kv_trainer.losses import CrossEntropy, DistillationLoss, KVRelationLoss, LogitKD, LossInputs
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,44 @@ def test_a_fusion_from_elsewhere_trains_and_resumes(world: World, tmp_path: Path
     again = world.trainer(tmp_path, RELATION, **options, max_steps=3)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3 and again.manifest["fusion"]["method"] == "Own"
+
+
+@pytest.mark.parametrize("setting", ["cka", "similarity", "similarity alone"])
+def test_selected_reasoning_goes_with_what_is_measured_before(world: World, tmp_path: Path, setting: str) -> None:
+    """R-KV wants to know what the teacher attends to, whoever asks for its states."""
+    readers = {name: Reader(tokenizer) for name, (_, tokenizer) in world.teachers().items()}
+    rows = [{**row, "long": f" well, then, {row['completion']}"} for row in ROWS]
+    data, time = DataConfig(teacher_text={"fine": "{long}"}, answer_markers=[" is"]), TimeAlignment("rkv")
+    encoded = encode_rows(Dataset.from_list(rows), Reader(world.tokenizer(40)), readers, data, time=time)
+    losses = {"cross_entropy": CrossEntropy(), "logit_kd": LogitKD()} if setting.endswith("alone") else RELATION
+    layers = LayerAlignment("cka" if setting == "cka" else "relative_depth")
+    fusion = {} if setting == "cka" else {"fusion": Similarity(samples=8)}
+    alignment = AlignmentConfig(time=time, layers=layers)
+    trainer = world.trainer(tmp_path, losses, rows=encoded, data=data, alignment=alignment, **fusion)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_row_of_no_task_is_no_obstacle(world: World, tmp_path: Path) -> None:
+    tasks = [None if i % 3 == 0 else i % 2 for i in range(len(ROWS))]
+    trainer = world.trainer(tmp_path, RELATION, rows=world.encoded.add_column("task", tasks), fusion=TaskWise())
+    trainer.train()
+    assert trainer.bridge.task_nll.shape == (2, 2)
+
+
+def test_a_student_that_does_not_shift_labels_itself_is_counted_like_others(world: World, tmp_path: Path) -> None:
+    """Rows of which the first token has a label, as plain text without a start token has."""
+    rows = encode_rows(Dataset.from_list([{"text": "two plus"}] * 4), Reader(world.tokenizer(40)), {}, DataConfig())
+    assert rows[0]["labels"][0] != -100
+    student = world.model("gpt2", n_layer=2, n_embd=16, n_head=2)
+    with torch.no_grad():
+        ids = torch.tensor(rows["input_ids"])
+        logits = student.eval()(ids).logits
+        naive = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    short = DataConfig(max_length=128)
+    trainer = world.trainer(tmp_path, student=student, teachers={}, rows=rows, max_steps=1, data=short)
+    trainer.train()
+    assert curve(trainer)[0]["loss"] == pytest.approx(float(naive), rel=1e-3)
 
 
 def test_several_sets_are_evaluated_by_name(world: World, tmp_path: Path) -> None:

@@ -231,6 +231,17 @@ def test_a_store_of_something_else_is_refused(start, settings: list[str], messag
         start(*(STORED[:2] if "--teachers.deep" in settings else STORED), *settings)
 
 
+def test_texts_that_an_aligned_store_could_not_tell_apart_are_refused(home: Path, tmp_path: Path) -> None:
+    """Rows are found by what the student reads: the teacher's other text would be lost without a word."""
+    rows = [{**ROWS[0], "long": text} for text in ("because it is", "for another reason")]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    settings = ["--data.path", str(tmp_path / "rows.jsonl"), "--data.teacher_text", "{fine: '{long}'}"]
+    settings += ["--alignment.time.method", "segment_aware", "--store.path", str(tmp_path / "store")]
+    with pytest.raises(ValueError, match="teacher fine different texts for rows that the student reads alike"):
+        precompute(load_recipe(home / "recipe.yaml", settings))
+    assert precompute(load_recipe(home / "recipe.yaml", [*settings, "--store.form", "raw"]))["bytes"] > 0
+
+
 def test_other_rows_are_refused(home: Path, start, tmp_path: Path) -> None:
     Dataset.from_list([{**ROWS[0], "prompt": "another question?"}, *ROWS]).to_json(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="Row 0 of the training data is not in the store of teacher 'deep'"):

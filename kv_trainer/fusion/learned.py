@@ -119,11 +119,12 @@ class Router(Fusion):
 
     def shares(self, inputs: FusionInputs) -> Tensor:
         assert inputs.student is not None and inputs.router is not None
-        found = pooled(inputs.student, inputs.student.mask).detach()
+        # An engine may have cast the gates to half precision; the shares are made in float32 all the same.
+        found = pooled(inputs.student, inputs.student.mask).detach().to(next(inputs.router.parameters()).dtype)
         if self.per_layer:
             logits = torch.stack([gate(x) for gate, x in zip(inputs.router, found, strict=True)])  # [L, B, M]
-            return torch.softmax(logits, dim=-1).permute(2, 0, 1)
-        return torch.softmax(inputs.router(found.mean(0)), dim=-1).T
+            return torch.softmax(logits.float(), dim=-1).permute(2, 0, 1)
+        return torch.softmax(inputs.router(found.mean(0)).float(), dim=-1).T
 
     def regulariser(self, shares: Tensor) -> Tensor:
         """[B]: log M less the entropy of the shares, 0 where all teachers count alike."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import DistillationLoss, GradientShare, LossInputs, layer_weights
 
@@ -15,6 +15,11 @@ from .base import DistillationLoss, GradientShare, LossInputs, layer_weights
 def at(hidden: Tensor, position: Tensor) -> Tensor:
     """The vector of each sample at its position, in float32: [B, T, C], [B] -> [B, C]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), position].float()
+
+
+def dtype_of(projector: nn.Module) -> torch.dtype:
+    """Of its weights, which an engine may have cast to half precision."""
+    return next((weight.dtype for weight in projector.parameters()), torch.float32)
 
 
 @dataclass
@@ -52,6 +57,7 @@ class CODILoss(DistillationLoss):
             for projector, student, hidden in layers:
                 target = hidden.detach().float()
                 sigma = target.std(1, correction=0).clamp_min(1e-3)
-                terms.append(F.smooth_l1_loss(projector(student).float(), target, reduction="none").mean(1) / sigma)
+                mapped = projector(student.to(dtype_of(projector))).float()
+                terms.append(F.smooth_l1_loss(mapped, target, reduction="none").mean(1) / sigma)
             total = total + torch.where(aligned, (weight * torch.stack(terms)).mean(0), 0)
         return total.sum() / inputs.num_samples

@@ -45,8 +45,14 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     job.args.data = replace(job.args.data, eval_split=None)
     trainer = build_trainer(job)
     raw, folder, console = form_of(store) == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
+    if trainer.args.world_size > 1 and (dealt := [n for n, t in trainer.teachers.items() if t.placement == "sharded"]):
+        raise ValueError(
+            f"teachers.{dealt[0]}.placement is sharded: its weights are gathered by all processes at once, but each "
+            "stores other rows. Take placement: replicated or offloaded, or a device_map, or one process."
+        )
     begun = describe(trainer, recipe)
     check_same(folder, begun)
+    check_keys(trainer, raw)
     trainer.calibrate()
     for name, teacher in trainer.teachers.items():  # likelihoods too: they are cheap now, and every fusion may ask
         needs = replace(trainer.bridge.teacher_needs(), scores=len(trainer.teachers) > 1)
@@ -90,6 +96,20 @@ def pace_of(folder: Path) -> dict[str, float] | None:
     return json.loads(path.read_text(encoding="utf-8")).get("seconds_a_row") if path.exists() else None
 
 
+def check_keys(trainer: MultiTeacherKVTrainer, raw: bool) -> None:
+    """ValueError where rows that the student reads alike have texts of their own for a teacher: one would be lost."""
+    rows = trainer.train_dataset
+    for name in () if raw else trainer.args.data.teacher_text:
+        seen: dict[int, list[int]] = {}
+        for row in rows.select_columns(["input_ids", f"{name}/input_ids"]):
+            theirs = seen.setdefault(row_key(row["input_ids"]), row[f"{name}/input_ids"])
+            if theirs != row[f"{name}/input_ids"]:
+                raise ValueError(
+                    f"data.teacher_text gives teacher {name} different texts for rows that the student reads alike, "
+                    "and an aligned store finds rows by the student's text. Set store.form: raw, or keep one of them."
+                )
+
+
 def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     """What the store is of, known before it is written."""
     args, shape = recipe.args, trainer.student_shape
@@ -97,7 +117,7 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
     form = {} if form_of(args.store) == "raw" else {"num_layers": shape.num_layers, "kv_layers": []}
     teachers = {
         name: {
-            **{k: v for k, v in teacher.describe().items() if k != "weight"},
+            **{k: v for k, v in trainer.manifest["teachers"][name].items() if k != "weight"},
             "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
             "text": what_is_read(args.data, name), "loaded": how_loaded(recipe.teachers[name]),
             "shape": {**asdict(teacher.shape), **form, "aligned": False},
