@@ -42,6 +42,11 @@ def encoding_first(args: MultiTeacherKVConfig, rows: Dataset) -> Iterator[DataCo
         yield data
 
 
+def has_text(rows: Dataset | None) -> bool:
+    """Whether rows are still to be encoded."""
+    return rows is not None and "input_ids" not in (rows.column_names or ())
+
+
 def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader) -> Dataset:
     """As `encoded`, for the student alone, and with what an answer is generated from."""
     if "input_ids" in (rows.column_names or ()):

@@ -186,7 +186,7 @@ def resolve_teachers(
 
 
 def check_together(student: PreTrainedModel, teachers: Mapping[str, Any], length: int) -> None:
-    """ValueError if the student is its own teacher, or rows of `length` tokens are too long for one of the models."""
+    """ValueError if the student is its own teacher, or rows of up to `length` tokens are too long for a model."""
     models = {f"teachers.{name}": getattr(teacher, "model", None) for name, teacher in teachers.items()}
     for place, model in {"student": student, **models}.items():
         if place != "student" and model is student:  # to freeze the one would freeze the other

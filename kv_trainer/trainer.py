@@ -24,7 +24,7 @@ from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
 from .data import Reader, aligned_share, task_names
-from .encoding import collator, encoded, encoded_to_evaluate
+from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
@@ -100,7 +100,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             self.teachers = resolve_teachers(teachers or {}, args, self.reader, shape.num_layers if shape else 0)
-            check_together(student, self.teachers, args.data.max_length)
+            check_together(student, self.teachers, args.data.max_length if has_text(train_dataset) else 0)
         self.manifest = describe_run(student, self.reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
         check_arguments(args, {name: t.weight for name, t in self.teachers.items()})

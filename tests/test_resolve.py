@@ -211,8 +211,9 @@ def test_a_student_that_does_not_shift_labels_itself_is_counted_like_others(worl
         ids = torch.tensor(rows["input_ids"])
         logits = student.eval()(ids).logits
         naive = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    short = DataConfig(max_length=128)
-    trainer = world.trainer(tmp_path, student=student, teachers={}, rows=rows, max_steps=1, data=short)
+    with pytest.raises(ValueError, match="student: data.max_length is 1024, but this gpt2 has 128 positions"):
+        world.trainer(tmp_path, student=student, teachers={}, rows=Dataset.from_list([{"text": "two plus"}]))
+    trainer = world.trainer(tmp_path, student=student, teachers={}, rows=rows, max_steps=1)
     trainer.train()
     assert curve(trainer)[0]["loss"] == pytest.approx(float(naive), rel=1e-3)
 
