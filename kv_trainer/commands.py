@@ -26,7 +26,8 @@ def train(options: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         found, _ = last_whole(Path(str(recipe.args.output_dir)))
         goes_on = f"--resume goes on from {found.name}" if found else "there is no checkpoint to go on from"
-        print(f"kv-trainer: stopped; {goes_on}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"kv-trainer: stopped; {goes_on}", file=sys.stderr)
         return 130
     leave_together()
     return 0
@@ -54,14 +55,11 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
 
                 refuse(overrides, "an experiment")
                 line, told = describe(path, options.quick)
-                for message in told:
-                    print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
-                print(line)
-                continue
-            recipe = load(path, overrides, options.quick)
-            for message in ignored(recipe.args, {name: t.weight for name, t in recipe.teachers.items()}):
-                print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
-            for message in check_models(recipe):
+            else:
+                recipe = load(path, overrides, options.quick)
+                weights = {name: t.weight for name, t in recipe.teachers.items()}
+                line, told = summary(recipe), [*ignored(recipe.args, weights), *check_models(recipe)]
+            for message in told:
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
         except (ValueError, OSError) as error:
             if options.traceback:
@@ -69,7 +67,7 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
             complain(error)
             failed = True
         else:
-            print(summary(recipe))
+            print(line)
     return 2 if failed else 0
 
 

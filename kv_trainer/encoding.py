@@ -49,7 +49,7 @@ def has_text(rows: Dataset | None) -> bool:
 
 def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader) -> Dataset:
     """As `encoded`, for the student alone, and with what an answer is generated from."""
-    if "input_ids" in (rows.column_names or ()):
+    if not has_text(rows):
         return rows
     with encoding_first(args, rows) as data:
         rows = encode_rows(rows, reader, {}, data, keep=EVALUATED)
@@ -63,14 +63,13 @@ def encoded(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, teachers:
     ValueError where a stored teacher does not have them.
     """
     stored = stored_among(teachers)
-    columns = set(rows.column_names or ())
-    wanted = {"row", "labels", *(f"{name}/input_ids" for name in teachers)}
-    if "input_ids" in columns and not wanted <= columns:
+    missing = {"row", "labels", *(f"{name}/input_ids" for name in teachers)} - set(rows.column_names or ())
+    if not has_text(rows) and missing:
         raise ValueError(
-            f"train_dataset has input_ids, but no {', '.join(sorted(wanted - columns))}: rows that were encoded "
-            "elsewhere cannot be aligned with teachers. Give text alone: prompt + completion, messages or text."
+            f"train_dataset has input_ids, but no {', '.join(sorted(missing))}: rows that were encoded elsewhere "
+            "cannot be aligned with teachers. Give text alone: prompt + completion, messages or text."
         )
-    if "input_ids" not in columns:
+    if has_text(rows):
         readers = {name: teacher.reader for name, teacher in teachers.items()}
         as_student = {name for name, teacher in stored.items() if not teacher.raw}
         own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}

@@ -125,13 +125,15 @@ def check_compiler(recipe: Recipe, tree: Node) -> None:
 
 def check_trackers(recipe: Recipe, tree: Node) -> None:
     """What is to be reported to must be installed; Trainer would fail on it once all is loaded."""
+    given = recipe.args.report_to
+    asked = [name for name in TRACKERS if isinstance(given, list) and name in given]
+    if not asked:
+        return
     from transformers.integrations import get_available_reporting_integrations
 
-    there = get_available_reporting_integrations()
-    asked = recipe.args.report_to
-    for name in asked if isinstance(asked, list) else ():
-        if name in TRACKERS and name not in there:
-            where = tree.at("training", "report_to")
+    there, where = get_available_reporting_integrations(), tree.at("training", "report_to")
+    for name in asked:
+        if name not in there:
             raise RecipeError(f"training.report_to {where} names {name}, which is not installed: pip install {name}.")
 
 

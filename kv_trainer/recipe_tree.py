@@ -167,18 +167,23 @@ def read_overrides(overrides: Sequence[str], folder: Path, here: str) -> Node:
             if not rest or re.match(r"--[A-Za-z]", rest[0]):
                 raise RecipeError(f"{name} {here} has no value; write {name} value.")
             text = rest.pop(0)
-        try:
-            node = parse(text, lambda line: here, folder)
-        except RecipeError as error:
-            if not TEXT.fullmatch(name):
-                raise RecipeError(f"{name}: {error}") from error
-            node = Node(text, here, folder)
-        if TEXT.fullmatch(name) and not isinstance(node.value, str | None):
-            node = Node(text, here, folder)
+        node = override(name, text, folder, here)
         for key in reversed(keys):
             node = Node({key: node}, here, folder)
         tree = merge(tree, node)
     return tree
+
+
+def override(name: str, text: str, folder: Path, here: str) -> Node:
+    """The value of one override: YAML; of TEXT what is written, but for quotes around it, and null."""
+    plain = Node(text, here, folder) if TEXT.fullmatch(name) and text.strip() else None
+    try:
+        node = parse(text, lambda line: here, folder)
+    except RecipeError as error:
+        if plain is None:
+            raise RecipeError(f"{name}: {error}") from error
+        return plain
+    return node if plain is None or isinstance(node.value, str | None) else plain
 
 
 def merge(base: Node, over: Node) -> Node:

@@ -30,27 +30,30 @@ Loadable = str | PreTrainedModel | ModelConfig
 CHECKPOINTED_FROM = 1e9  # parameters of a student above which activations are recomputed, unless told otherwise
 
 
+def not_there(section: str, model: Any, error: OSError) -> ValueError:
+    return ValueError(
+        f"{section} is '{model}', which could not be loaded: there is no such folder from here, or it is no model, "
+        f"or not on the Hub. {error}"
+    )
+
+
 @contextmanager
 def loading(section: str, model: Any) -> Iterator[None]:
     """Inside the block, a model that is not there is told by name."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"{section} is '{model}', which could not be loaded: there is no such folder from here, or it is no model, "
-            f"or not on the Hub. {error}"
-        ) from error
+        raise not_there(section, model, error) from error
 
 
 @contextmanager
 def naming(section: str, model: Any) -> Iterator[None]:
-    """Inside the block, what goes wrong with a model's files or tokenizer says whose they are."""
+    """As `loading`, and all else that goes wrong with a model's files or tokenizer says whose they are."""
     try:
-        with loading(section, model):
-            yield
+        yield
+    except OSError as error:
+        raise not_there(section, model, error) from error
     except ValueError as error:
-        if str(error).startswith(f"{section} is"):
-            raise
         raise ValueError(f"{section} is '{model}': {error}") from error
 
 
@@ -69,9 +72,9 @@ def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any, data_
     for name, loss in args.losses.items():
         if not isinstance(loss, DistillationLoss):
             raise ValueError(f"losses['{name}'] is {loss!r}; give one of kv_trainer.losses, such as KVRelationLoss().")
-        for need in sorted({*loss.needs} - NEEDS):
-            hint = suggest(need, sorted(NEEDS))
-            raise ValueError(f"losses['{name}'] requires '{need}'.{hint} It may be {', '.join(sorted(NEEDS))}.")
+        if unknown := sorted(loss.needs - NEEDS):
+            hint, known = suggest(unknown[0], sorted(NEEDS)), ", ".join(sorted(NEEDS))
+            raise ValueError(f"losses['{name}'] requires '{unknown[0]}'.{hint} It may be {known}.")
     if not isinstance(getattr(args.fusion, "needs", frozenset()), frozenset):  # of no fusion at all others tell
         raise ValueError(f"{kind(args.fusion)}.needs is a {kind(args.fusion.needs)}; give a frozenset of names.")
     if type(data_collator).__module__.split(".")[0] in ("transformers", "trl"):

@@ -353,6 +353,7 @@ def test_overrides_of_losses_and_teachers() -> None:
         (["--training.seed"], "--training.seed on the command line has no value; write --training.seed value."),
         (["--training.seed", "--training.fp16", "true"], "--training.seed on the command line has no value"),
         (["--training.seed="], "--training.seed: Nothing is written on the command line; give a value."),
+        (["--data.prompt="], "--data.prompt: Nothing is written on the command line; give a value."),
         (
             ["--training.seed", "1", "--training.seed=2"],
             "--training.seed on the command line is given twice; keep one.",
