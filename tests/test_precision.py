@@ -94,6 +94,17 @@ def test_positions_are_not_rounded_to_an_engine_s_precision(world: World, tmp_pa
     assert found.dtype == torch.float32 and found.tolist() == [[256.5, 257.0]]
 
 
+def test_sinks_that_an_engine_deals_out_are_refused(world: World, tmp_path: Path, monkeypatch) -> None:
+    """Of GPT-OSS: they are read once the layers have let go of them."""
+    losses = {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss(attention="student")}
+    student = world.model("gpt_oss")
+    world.trainer(tmp_path, losses, student=student)
+    monkeypatch.setattr("kv_trainer.trainer.zero_stage", lambda accelerator: 3)
+    with pytest.raises(ValueError, match="attention: student reads the student's attention sinks, which ZeRO-3"):
+        world.trainer(tmp_path, losses, student=world.model("gpt_oss"))
+    world.trainer(tmp_path, losses)
+
+
 @pytest.mark.parametrize("name", ["codi", "router", "router of layers"])
 def test_maps_that_an_engine_has_cast_are_fed_their_own_precision(world: World, tmp_path: Path, name: str) -> None:
     """DeepSpeed and FSDP2 cast the bridge with the student; on two processes it is tests/distributed that trains."""

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from kv_trainer.cli import main
 from kv_trainer.recipes import load_recipe
 from kv_trainer.run import build_trainer
-from kv_trainer.store.precompute import precompute
+from kv_trainer.store.precompute import check_placement, precompute
 from kv_trainer.store.quantise import quantise, restore
 from kv_trainer.store.shards import StoreReader, row_key, write_shard
 from kv_trainer.trainer import MultiTeacherKVTrainer
@@ -240,6 +241,13 @@ def test_texts_that_an_aligned_store_could_not_tell_apart_are_refused(home: Path
     with pytest.raises(ValueError, match="teacher fine different texts for rows that the student reads alike"):
         precompute(load_recipe(home / "recipe.yaml", settings))
     assert precompute(load_recipe(home / "recipe.yaml", [*settings, "--store.form", "raw"]))["bytes"] > 0
+
+
+def test_teachers_that_all_processes_gather_cannot_store_rows_apart() -> None:
+    teachers = {"math": SimpleNamespace(placement="replicated"), "big": SimpleNamespace(placement="sharded")}
+    check_placement(teachers, 1)
+    with pytest.raises(ValueError, match="teachers.big.placement is sharded: .* but each stores other rows"):
+        check_placement(teachers, 2)
 
 
 def test_other_rows_are_refused(home: Path, start, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,7 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     job.args.data = replace(job.args.data, eval_split=None)
     trainer = build_trainer(job)
     raw, folder, console = form_of(store) == "raw", Path(store.path), Console(quiet=not trainer.is_world_process_zero())
-    if trainer.args.world_size > 1 and (dealt := [n for n, t in trainer.teachers.items() if t.placement == "sharded"]):
-        raise ValueError(
-            f"teachers.{dealt[0]}.placement is sharded: its weights are gathered by all processes at once, but each "
-            "stores other rows. Take placement: replicated or offloaded, or a device_map, or one process."
-        )
+    check_placement(trainer.teachers, trainer.args.world_size)
     begun = describe(trainer, recipe)
     check_same(folder, begun)
     check_keys(trainer, raw)
@@ -94,6 +90,16 @@ def pace_of(folder: Path) -> dict[str, float] | None:
     """Seconds a row, of every clock, as they were when the folder's rows were stored; None: nobody knows."""
     path = folder / RECORD
     return json.loads(path.read_text(encoding="utf-8")).get("seconds_a_row") if path.exists() else None
+
+
+def check_placement(teachers: Mapping[str, Any], processes: int) -> None:
+    """ValueError for weights that all processes must gather at once, where each of several stores other rows."""
+    for name, teacher in teachers.items():
+        if processes > 1 and teacher.placement == "sharded":
+            raise ValueError(
+                f"teachers.{name}.placement is sharded: its weights are gathered by all processes at once, but each "
+                "stores other rows. Take placement: replicated or offloaded, or a device_map, or one process."
+            )
 
 
 def check_keys(trainer: MultiTeacherKVTrainer, raw: bool) -> None:
