@@ -20,7 +20,7 @@ TRAINERS_EVALUATION = (
 
 def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> None:
     """Refuse what would be silently wrong, warn about what would be inert. weights: each teacher's own, by name."""
-    for message in ignored(args, weights):
+    for message in [*ignored(args, weights), *doubtful(args, weights)]:
         logger.warning(message)
     if args.n_gpu > 1:
         logger.warning(
@@ -28,21 +28,35 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
             "for teachers with a device_map.", args.n_gpu,
         )  # fmt: skip
         args._n_gpu = 1  # else Trainer takes nn.DataParallel, whose replicas would share one bridge
+    check_wrong(args)
+
+
+def doubtful(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[str]:
+    """Settings that do not go well together, a sentence each. weights: each teacher's own, by name."""
+    found, size = [], args.per_device_train_batch_size
     relation = args.losses.get("kv_relation")
-    size = args.per_device_train_batch_size
-    if args.gradient_accumulation_steps > 1 and isinstance(relation, KVRelationLoss) and size % relation.samples:
-        logger.warning(
-            "losses.kv_relation.samples is %d, and a micro-batch has %d samples: its last group is smaller, and a step "
-            "depends on how it is cut into micro-batches.",
-            relation.samples,
-            size,
+    group = relation.samples if isinstance(relation, KVRelationLoss) else 1
+    if args.gradient_accumulation_steps > 1 and size % group:
+        found.append(
+            f"losses.kv_relation.samples is {group}, and a micro-batch has {size} samples: its last group is smaller, "
+            "and a step depends on how it is cut into micro-batches."
         )
-    if isinstance(relation, KVRelationLoss) and relation.samples > 1 and len(weights) > 1 and args.fusion.needs:
-        logger.warning(
-            "losses.kv_relation.samples is %d: where a group's samples are trusted to different teachers, each one's "
-            "states are centred over its own samples and the student's over all, which no student can match. Set "
-            "samples to 1, or take fusion: {method: uniform}.", relation.samples,
-        )  # fmt: skip
+    if group > 1 and len(weights) > 1 and args.fusion.needs:
+        found.append(
+            f"losses.kv_relation.samples is {group}: where a group's samples are trusted to different "
+            "teachers, each one's states are centred over its own samples and the student's over all, which no "
+            "student can match. Set samples to 1, or take fusion: {method: uniform}."
+        )
+    if args.torch_compile and args.gradient_checkpointing:
+        found.append(
+            "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
+            "values are taken: the results are right, but little is gained. Set one of them to false."
+        )
+    return found
+
+
+def check_wrong(args: MultiTeacherKVConfig) -> None:
+    """ValueError for settings under which a run would be silently wrong."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and args.world_size == 1:
         raise ValueError(
@@ -61,11 +75,6 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(
             "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
-        )
-    if args.torch_compile and args.gradient_checkpointing:
-        logger.warning(
-            "torch_compile with gradient checkpointing breaks the student's graph in every layer, where keys and "
-            "values are taken: the results are right, but little is gained. Set one of them to false."
         )
     engine = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
     taken = [name for name in ("optimizer", "scheduler") if name in engine]

@@ -43,7 +43,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
-    from .checks import ignored
+    from .checks import check_wrong, doubtful, ignored
     from .experiments.experiment import is_experiment
     from .model_checks import check_models
 
@@ -58,7 +58,9 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
             else:
                 recipe = load(path, overrides, options.quick)
                 weights = {name: t.weight for name, t in recipe.teachers.items()}
-                line, told = summary(recipe), [*ignored(recipe.args, weights), *check_models(recipe)]
+                check_wrong(recipe.args)
+                told = [*ignored(recipe.args, weights), *doubtful(recipe.args, weights), *check_models(recipe)]
+                line = summary(recipe)
             for message in told:
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)
         except (ValueError, OSError) as error:

@@ -1,9 +1,11 @@
-"""What can be told of a recipe's models without their weights: from configs and tokenizers in local folders."""
+"""What can be told of a recipe's models without their weights: from configs and tokenizers."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ModelConfig, Recipe
@@ -13,11 +15,14 @@ LEARNED_POSITIONS = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-
 
 
 def check_models(recipe: Recipe) -> list[str]:
-    """What configs and tokenizers in local folders tell without weights. ValueError names the setting to change.
+    """What the configs and tokenizers that are on this machine tell without weights. ValueError names what to change.
 
-    No code of a model is run, whatever the recipe says, for it may be a stranger's. Returns what was left out for that.
+    No code of a model is run, whatever the recipe says, for it may be a stranger's, and the Hub is not asked. Returns
+    what was left out for either.
     """
-    skipped = []
+    from .blueprint import check_build
+
+    skipped, configs = [], {}
     for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
         if model.trust_remote_code:
             skipped.append(f"{where} is not checked: it has trust_remote_code, and no code of a model is run here.")
@@ -25,18 +30,28 @@ def check_models(recipe: Recipe) -> list[str]:
         place = f"{where} of {recipe.path}"
         tokenizer = check_tokenizer(model, place)
         shape = model.model or getattr(model, "config", None)
-        if not shape or not os.path.exists(shape):
+        if not shape or not is_here(shape, "config.json", model.revision):
+            skipped.append(f"{where} is not checked: {shape} is not on this machine yet.")
             continue
-        config = AutoConfig.from_pretrained(shape, trust_remote_code=False).get_text_config()
-        if tokenizer is not None and (count := tokens_of_text(tokenizer)) > config.vocab_size:
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=False, **offline(shape, model.revision))
+        text = config.get_text_config()
+        if tokenizer is not None and (count := tokens_of_text(tokenizer)) > text.vocab_size:
             raise ValueError(
-                f"{place}: the tokenizer has {count} tokens, {shape} only {config.vocab_size}; give its own."
+                f"{place}: the tokenizer has {count} tokens, {shape} only {text.vocab_size}; give its own."
             )
-        check_length(place, config, recipe.args.data.max_length)
-        kept, layers = getattr(model, "keep_layers", None), config.num_hidden_layers
-        if kept is not None and (not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(layers))):
-            raise ValueError(f"{place}: keep_layers is {kept}; give different layers from 0 to {layers - 1}.")
+        check_length(place, text, recipe.args.data.max_length)
+        configs[where] = config
+    check_build(recipe, configs)
     return skipped
+
+
+def is_here(name: str, file: str, revision: str | None) -> bool:
+    """Whether a model is a folder, or its `file` has been fetched from the Hub before."""
+    return os.path.exists(name) or isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+
+
+def offline(name: str, revision: str | None) -> dict[str, Any]:
+    return {} if os.path.exists(name) else {"revision": revision, "local_files_only": True}
 
 
 def check_length(place: str, config: PreTrainedConfig, length: int) -> None:
@@ -71,11 +86,11 @@ def check_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local folder, or None where it is not local."""
-    name = model.tokenizer or model.model
-    if not name or not os.path.exists(name):
+    """The tokenizer a section names, or None where it is not on this machine."""
+    name, revision = model.tokenizer or model.model, None if model.tokenizer else model.revision
+    if not name or not is_here(name, "tokenizer_config.json", revision):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **offline(name, revision))
     check_words(tokenizer, name)
     if not tokenizer.is_fast:
         raise ValueError(f"{place}: the tokenizer {name} is a slow one and gives no offsets; give a fast one.")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
+from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast, TrainingArguments
 
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
@@ -52,6 +53,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_trainer.trainer.MultiTeacherKVTrainer.train", stop)
 
 
+PRETRAINED = ["--student.config=null", "--student.model=./student"]
 ALONE = ["--teachers=null", "--losses.kv_relation=null", "--data.eval_split=null"]
 
 
@@ -98,8 +100,52 @@ def test_a_quick_run_is_saved_beside_the_real_one(capsys: pytest.CaptureFixture[
 
 
 def test_validate_does_not_ask_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "validate", "r.yaml", "--teachers.math.model", "org/there-is-no-such-model")
+    code, out, err = run(capsys, "validate", "r.yaml", "--teachers.math.model", "org/there-is-no-such-model")
     assert code == 0 and "math (org/there-is-no-such-model)" in out
+    assert "teachers.math is not checked: org/there-is-no-such-model is not on this machine yet." in err
+
+
+def test_a_model_of_the_hub_that_is_here_is_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = Path("hub/models--org--math/snapshots/abc")
+    shutil.copytree("teacher", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").resolve()))
+    args = ("validate", "r.yaml", "--teachers.math.model", "org/math")
+    assert run(capsys, *args)[::2] == (0, "")
+    GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=2).save_pretrained(snapshot)
+    code, _, err = run(capsys, *args)
+    assert code == 2 and "the tokenizer has 4 tokens, org/math only 3; give its own." in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--student.freeze=[nothing_like_this]"], "student of r.yaml: student.freeze: no parameter's name contains"),
+        (["--losses.kv_relation.layers=[0, 3]"], "r.yaml: losses.kv_relation.layers"),
+        (["--alignment.layers={method: explicit, map: {math: [0, 1, 9]}}"], "r.yaml: "),
+        (["--fusion.method=min_norm", "--losses.kv_relation=null", "--losses.logit_kd={}"], "This fusion works on"),
+        ([*PRETRAINED, "--student.peft={type: lora, target_modules: [no_proj]}"], "student of r.yaml: Target modules"),
+        (["--training.label_smoothing_factor=0.1"], "set losses.cross_entropy.label_smoothing."),
+        (["--control.shuffle=rows", "--training.per_device_train_batch_size=1"], "batch_size of 2 or more."),
+    ],
+)
+def test_validate_builds_what_a_run_would_build(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    """Without weights, of which this folder has none."""
+    code, out, err = run(capsys, "validate", "r.yaml", *overrides)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_validate_names_a_family_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
+    MambaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=2).save_pretrained("teacher")
+    code, _, err = run(capsys, "validate", "r.yaml")
+    assert code == 2 and "teachers.math of r.yaml: MambaForCausalLM" in err and "cannot be captured" in err
+    MambaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=2).save_pretrained("student")
+    assert run(capsys, "validate", "r.yaml", *ALONE)[0] == 0, "without teachers any model can be a student"
 
 
 @pytest.mark.parametrize(
@@ -110,8 +156,8 @@ def test_validate_does_not_ask_the_hub(capsys: pytest.CaptureFixture[str]) -> No
             ["--teachers.math.chat", "true"],
             "teachers.math of r.yaml: chat is true, but the tokenizer teacher has no chat",
         ),
-        (["--student.config=null", "--student.model=./student", "--student.keep_layers=[0, 3]"], "layers from 0 to 2."),
-        (["--student.config=null", "--student.model=./student", "--student.keep_layers=[1, 1]"], "layers from 0 to 2."),
+        ([*PRETRAINED, "--student.keep_layers=[0, 3]"], "layers from 0 to 2."),
+        ([*PRETRAINED, "--student.keep_layers=[1, 1]"], "layers from 0 to 2."),
         (["--student.tokenizer=./"], "error:"),
     ],
 )

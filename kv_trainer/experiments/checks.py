@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from ..checks import ignored
+from ..arguments import Recipe
+from ..checks import check_wrong, ignored
 from ..manifest import differences
+from ..model_checks import check_models
 from ..recipes import settings_of
 from .experiment import Experiment, load_experiment, names_in
 from .jobs import Job
@@ -18,6 +20,7 @@ def check_arms(experiment: Experiment) -> None:
     settings = {arm: settings_of(Job(experiment, arm, experiment.seeds[0]).recipe_text()) for arm in experiment.arms}
     for arm, found in settings.items():
         where = f"arms.{arm} {experiment.arms[arm].where}"
+        check_alone(Job(experiment, arm, experiment.seeds[0]).recipe(), where)
         if found["training"].get("push_to_hub"):
             raise ValueError(
                 f"{where} has training.push_to_hub: every run, controls too, would be pushed to one repository. Set "
@@ -30,6 +33,15 @@ def check_arms(experiment: Experiment) -> None:
                 f"{where} is evaluated in another way than {experiment.against} ({'; '.join(wrong)}), so their "
                 "metrics could not be compared. Set it for all arms, under overrides."
             )
+
+
+def check_alone(recipe: Recipe, where: str) -> None:
+    """ValueError for what the run of an arm would refuse, perhaps hours from now. where: of the arm."""
+    try:
+        check_wrong(recipe.args)
+        check_models(recipe)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def judged(settings: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,13 @@ def test_an_arm_whose_recipe_is_wrong_is_named_before_anything_runs() -> None:
         check_arms(load_experiment("e.yaml"))
 
 
+def test_an_arm_that_its_models_cannot_run_is_named_before_anything_runs() -> None:
+    arms = "{deep: {set: {losses.kv_relation.layers: [4, 5]}}, all: {}}"
+    Path("e.yaml").write_text(f"recipe: {QUICKSTART / 'two_teachers.yaml'}\nagainst: all\narms: {arms}\n")
+    with pytest.raises(ValueError, match="arms.deep in e.yaml, line 3: .*losses.kv_relation.layers is .4, 5.*0 to 4"):
+        check_arms(load_experiment("e.yaml"))
+
+
 def test_arms_that_are_one_and_the_same_are_found() -> None:
     Path("e.yaml").write_text(BASE + "  again: {set: {losses.kv_relation: {}}}\n")
     assert twins(load_experiment("e.yaml")) == [("full", "again")]
