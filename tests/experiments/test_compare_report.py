@@ -82,6 +82,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: json.dumps(recipe))
     monkeypatch.setattr("kv_trainer.experiments.figures.load_recipe", lambda *a: SimpleNamespace(teachers={}))
     monkeypatch.setattr("kv_trainer.experiments.results.bootstrap", partial(bootstrap, resamples=200))
+    monkeypatch.setattr("kv_trainer.experiments.figures.logger.warning", lambda *told, **_: pytest.fail(str(told)))
     return study_of(experiment, list(experiment.arms), [1, 2, 3], records)
 
 
@@ -208,6 +209,16 @@ def test_where_runs_were_made_is_told(study: Study, no_pictures: None) -> None:
     write_report(study, Path("out/report"))
     text = Path("out/report/report.md").read_text()
     assert "- another: taught-1\n" in text and "- a machine, code abc: ce-2, timed-2, taught-2, control-2\n" in text
+
+
+def test_a_picture_that_fails_costs_no_numbers(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("kv_trainer.experiments.figures.logger.warning", lambda text, *of, **_: told.append(text % of))
+    monkeypatch.setattr("kv_trainer.experiments.figures.draw_curves", lambda *a: 1 / 0)
+    write_report(study, Path("out/report"))
+    assert told == ["A picture is missing from the report, training: ZeroDivisionError('division by zero')"]
+    text = Path("out/report/report.md").read_text()
+    assert "figures/arms.png" in text and "figures/terms.png" in text and "figures/curves.png" not in text
 
 
 def test_a_run_that_diverged_is_reported(study: Study) -> None:
