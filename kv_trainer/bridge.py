@@ -64,7 +64,8 @@ class KVBridge(nn.Module):
 
     student, teachers: the models' shapes. args: losses, alignment, projector, fusion and control sections.
     given: each teacher's fixed fusion weight. After a supervised forward, `terms` holds the detached raw losses,
-    `weights` the teachers' shares, [M, B] or [M, L, B], and `heard` a sum of what each teacher said.
+    `loss` their weighted sum, `weights` the teachers' shares, [M, B] or [M, L, B], and `heard` a sum of what each
+    teacher said.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class KVBridge(nn.Module):
         self.prototypes: list[Tensor] = []
         self.heads: dict[str, tuple[Head, Tensor | None, Tensor | None]] = {}
         self.terms: dict[str, Tensor] = {}
+        self.loss = torch.zeros(())
         self.weights: Tensor | None = None
         self.heard: dict[str, Tensor] = {}
         self._given: Supervision | None = None
@@ -192,6 +194,7 @@ class KVBridge(nn.Module):
         if self._given.measure is not None:
             self._given.measure(terms)
         output["loss"] = self.total(terms, self._given.progress)
+        self.loss = output["loss"].detach()
         return output
 
     def total(self, terms: Mapping[str, Tensor], progress: float) -> Tensor:

@@ -257,13 +257,16 @@ class MultiTeacherKVTrainer(HubTrainer):
         eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
         with self.bridge.supervise(supervision), eager, part("student forward"):
             outputs = model(**text, use_cache=False)
-        watched = {**self.bridge.terms, "total": outputs["loss"].detach()}
+        watched = {**self.bridge.terms, "total": self.bridge.loss}
         if self.bridge.weights is not None:  # one that is NaN counts for no position: no term would show it
             watched["teachers' shares"] = self.bridge.weights.sum()
         self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states(), self.bridge.heard)
         self.monitor.add(inputs.get("task"))
+        # FSDP hands the loss on in the dtype it computes in: its gradient is the same, its value has lost digits.
+        loss = outputs["loss"].float()
+        loss = loss + (self.bridge.loss - loss.detach())
         # Ranks average their gradients, but each has already divided by the counts of all ranks.
-        loss = outputs["loss"] * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         if self.sharded and "logits" not in self.bridge.requires:  # layers are gathered where a gradient reaches them
             loss = loss + outputs["logits"][..., :0].sum()
         return (loss, outputs) if return_outputs else loss

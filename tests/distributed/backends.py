@@ -59,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
         "losses": "projectors", "teachers": 2, "placement": "sharded", "by_name": True,
     },
     "offloaded teachers": {"losses": "all", "teachers": 2, "placement": "offloaded"},
+    # One process computes in bfloat16 where autocast says so, DeepSpeed and FSDP everywhere.
+    "bfloat16": {"losses": "all", "teachers": 2, "options": {"bf16": True}, "within": 0.05},
 }  # fmt: skip
 ZERO = {"ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json", "ZeRO-3": "zero3.json", "ZeRO-3 offload": "zero3_offload.json"}
 BACKENDS: dict[str, dict[str, str]] = {

@@ -31,6 +31,7 @@ from datasets import Dataset
 from helpers_models import build_model, build_tokenizer
 from helpers_trainer import ROWS, World
 from peft import LoraConfig
+from transformers import training_args
 
 from kv_trainer.arguments import EvaluationConfig, ProjectorConfig, TeacherConfig
 from kv_trainer.data import Reader
@@ -87,6 +88,8 @@ def train(world: World, folder: Path, case: dict[str, Any]) -> None:
         options["peft_config"] = LoraConfig(
             r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
         )
+    if options.get("bf16"):  # Trainer leaves a CPU out where DeepSpeed or FSDP is asked for
+        training_args.is_torch_bf16_gpu_available = lambda: True
     trainer = world.trainer(folder, LOSSES[case["losses"]], teachers=teachers, eval_rows=rows, **options)
     resume = str(folder.parent / case["resume"]) if "resume" in case else None
     trainer.train(resume_from_checkpoint=resume)
