@@ -119,6 +119,10 @@ def train(
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     fit = trainer.train(resume_from_checkpoint=checkpoint)
+    best = trainer.state.best_model_checkpoint
+    if args.load_best_model_at_end and best is not None:
+        how = f"{args.metric_for_best_model} {trainer.state.best_metric:.4g}"
+        console.print(f"back to {Path(best).name} of {trainer.state.global_step} steps: {how}", highlight=False)
     last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
     results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
     trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,9 @@ def test_best_adapters_come_back_at_the_end(folder: Path, tmp_path: Path) -> Non
 def test_command_line_from_training_to_another_program(folder, tmp_path, monkeypatch, capsys) -> None:
     """Trained, loaded by peft as the model card says, and evaluated from a folder where its base's path is wrong."""
     monkeypatch.chdir(folder)
-    recipe = write(folder, tmp_path / "out")
+    recipe = write(folder, tmp_path / "out", more=", eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true")
     assert main(["train", str(recipe)]) == 0
+    assert re.search(r"^back to checkpoint-\d of \d steps: loss \d\.\d+$", capsys.readouterr().out, re.MULTILINE)
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", BRIDGE_FILE, "tokenizer.json"} <= names
