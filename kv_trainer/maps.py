@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from .alignment.heads import TeacherProjectors, auto_mlp_ratio
+from .alignment.heads import AUTO_MLP_RATIO, TeacherProjectors
 from .arguments import MultiTeacherKVConfig
 from .types import KVShape
 
@@ -19,7 +19,7 @@ def head_projectors(
     DDP waits for the gradient of every parameter that has one.
     """
     knobs = args.projector
-    ratio = auto_mlp_ratio(teacher.num_parameters) if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
+    ratio = AUTO_MLP_RATIO if knobs.mlp_ratio == "auto" else knobs.mlp_ratio
     found = TeacherProjectors(
         student, teacher, knobs.direction, method=knobs.method, init=knobs.init, mlp_ratio=ratio, dropout=knobs.dropout,
         layer_norm=knobs.layer_norm, activation=knobs.activation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -325,14 +326,15 @@ def test_projectors_of_layers_that_are_not_compared_rest(student) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in bridge.parameters())
 
 
-def test_projectors_follow_the_recipe(student) -> None:
-    knobs = ProjectorConfig(method="elastic_bottleneck", direction="teacher_to_student", mlp_ratio=2.0, dropout=0.25)
+@pytest.mark.parametrize(("ratio", "times"), [(0.5, 0.5), (2.0, 2), ("auto", 2)])
+def test_projectors_follow_the_recipe(student, ratio: Any, times: float) -> None:
+    knobs = ProjectorConfig(method="elastic_bottleneck", direction="teacher_to_student", mlp_ratio=ratio, dropout=0.25)
     bridge = bridge_to(student, projector=knobs)
     for name, shape in SHAPES.items():
         module = bridge.projectors[name]
         assert module.direction == "teacher_to_student" and len(module.keys) == 2
         linear = [m for m in module.keys[0].width if isinstance(m, nn.Linear)]
-        assert linear[0].weight.shape == (2 * shape.head_dim, shape.head_dim)
+        assert linear[0].weight.shape == (times * shape.head_dim, shape.head_dim)
         assert [m.p for m in module.modules() if isinstance(m, nn.Dropout)] == [0.25] * 4
 
 

@@ -11,7 +11,6 @@ from kv_trainer.alignment.heads import (
     ElasticBottleneck,
     KVProjector,
     TeacherProjectors,
-    auto_mlp_ratio,
     grouped_average,
 )
 from kv_trainer.types import KVShape, KVStates
@@ -124,13 +123,6 @@ def test_bottleneck_with_other_parts(layer_norm: bool, activation: str):
     start = torch.nn.functional.layer_norm(x, (8,)) if layer_norm else x
     inner = getattr(torch.nn.functional, activation)(start @ bottleneck[1].weight.T)
     torch.testing.assert_close(bottleneck(x), inner @ bottleneck[4].weight.T, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("parameters", "ratio"), [(1, 0.5), (13.9e9, 0.5), (14e9, 1.0), (30e9, 1.0), (30.1e9, 2.0), (70e9, 2.0)]
-)
-def test_auto_mlp_ratio(parameters, ratio):
-    assert auto_mlp_ratio(int(parameters)) == ratio
 
 
 def test_grouped_bottleneck_is_refused():
