@@ -14,7 +14,7 @@ from .adapters import add_adapters, students_peft
 from .arguments import Recipe, StudentConfig
 from .bridge import KVBridge
 from .capture import kv_shape
-from .models import freeze, keep_layers
+from .models import freeze, keep_layers, whole_weights
 from .types import KVShape
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def check_build(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> None
     bridge, which joins them, is left out.
     """
     shapes = {}
-    with torch.device("meta"):
+    with torch.device("meta"), whole_weights(recipe.args):
         for where, config in configs.items():
             with told(recipe, where):
                 shapes[where] = shape_of(config, recipe.student if where == "student" else None, bool(recipe.teachers))

@@ -16,6 +16,7 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
@@ -138,6 +139,15 @@ def test_validate_builds_what_a_run_would_build(
     """Without weights, of which this folder has none."""
     code, out, err = run(capsys, "validate", "r.yaml", *overrides)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_validate_of_a_recipe_for_zero_3_starts_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ROOT / "deepspeed_configs" / "zero3.json"
+    try:
+        code, out, _ = run(capsys, "validate", "r.yaml", "--training.deepspeed", str(engine))
+    finally:
+        unset_hf_deepspeed_config()
+    assert code == 0 and out.startswith("ok r.yaml")
 
 
 def test_validate_names_a_family_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
