@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .arguments import DataConfig, TimeAlignment
-from .examples import Example, example_of, filled, teacher_example
+from .examples import Example, example_of, filled, shown, teacher_example
 from .positions import align_rows
 from .text import IGNORED, Encoded, Reader, encode
 
@@ -63,6 +63,19 @@ def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
+def as_text(rows: Dataset, name: str) -> Dataset:
+    """The rows with a column of numbers, or of classes, as text. ValueError for other things than these."""
+    kind = rows.features[name]
+    if getattr(kind, "dtype", None) in ("string", "large_string", "null"):
+        return rows
+    values = rows[name]
+    if wrong := [x for x in values if not isinstance(x, (str, int, float, type(None)))]:
+        raise ValueError(f"The column '{name}' holds {shown(wrong[0])}, no text; make text of it with data.{name}.")
+    known = kind.int2str if isinstance(kind, ClassLabel) else str
+    texts = [None if x is None or (isinstance(kind, ClassLabel) and x < 0) else known(x) for x in values]
+    return rows.remove_columns(name).add_column(name, texts)
+
+
 def encode_rows(
     rows: Dataset,
     student: Reader,
@@ -89,6 +102,9 @@ def encode_rows(
     warn_of_roles(rows, readers, config)
     warn_of_dates(readers)
     columns = set(rows.column_names)
+    for name in ("task", "answer"):
+        if name in columns and getattr(config, name) is None:
+            rows = as_text(rows, name)
 
     def text_of(row: Mapping[str, Any], name: str) -> str | None:
         template = getattr(config, name)

@@ -109,7 +109,7 @@ class ExactAnswer(_InMemoryMetric):
         for prediction, reference, task in zip(predictions, references, tasks, strict=True):
             hit = is_hit(prediction, reference)
             hits["accuracy"].append(hit)
-            if task:
+            if task not in (None, ""):  # 0 is a task
                 hits[f"accuracy_{task}"].append(hit)
         if MACRO in hits:
             raise ValueError("A task is named 'macro', as the mean over tasks is; give it another name.")

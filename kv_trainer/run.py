@@ -33,6 +33,7 @@ from .trainer import MultiTeacherKVTrainer
 
 logger = logging.getLogger(__name__)
 
+READ = ("model", "config", "tokenizer")
 PREDICTIONS, RESULTS = "predictions.jsonl", "all_results.json"
 
 
@@ -56,6 +57,19 @@ def side_job(recipe: Recipe) -> Recipe:
     args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = IntervalStrategy.NO, False, False
     args.early_stopping = EarlyStoppingConfig()
     return replace(recipe, args=args)
+
+
+def check_places(recipe: Recipe) -> None:
+    """ValueError if what is trained would be written over a model, or rows, that the recipe reads."""
+    models = {"student": recipe.student, **{f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}}
+    read = {f"{where}.{key}": getattr(model, key, None) for where, model in models.items() for key in READ}
+    folder = Path(str(recipe.args.output_dir)).resolve()
+    for where, place in {**read, "data.path": recipe.args.data.path}.items():
+        if place and Path(place).exists() and Path(place).resolve() == folder:
+            raise ValueError(
+                f"training.output_dir is {recipe.args.output_dir}, which {where} is read from and would be "
+                "overwritten; give another folder."
+            )
 
 
 def check_folder(folder: Path, asked: str) -> None:
@@ -102,6 +116,7 @@ def train(
         resume = last_whole(folder)[0] is not None
     wanted = args.resume_from_checkpoint or resume
     asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
+    check_places(recipe)
     if not wanted:
         check_folder(folder, asked)
     trainer = build_trainer(recipe)

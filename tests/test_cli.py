@@ -150,6 +150,14 @@ def test_validate_of_a_recipe_for_zero_3_starts_no_engine(capsys: pytest.Capture
     assert code == 0 and out.startswith("ok r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("place", "section"), [("student", "student.config"), ("teacher", "teachers.math.model")]
+)
+def test_nothing_is_trained_over_what_is_read(capsys: pytest.CaptureFixture[str], place: str, section: str) -> None:
+    code, _, err = run(capsys, "train", "r.yaml", "--training.output_dir", place, "--training.use_cpu", "true")
+    assert code == 2 and f"training.output_dir is {place}, which {section}" in err and "would be overwritten" in err
+
+
 def test_validate_names_a_family_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
     MambaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=2).save_pretrained("teacher")
     code, _, err = run(capsys, "validate", "r.yaml")

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -794,3 +794,15 @@ def test_the_end_of_a_turn_is_the_special_token_behind_the_answer(tiny_tokenizer
     tokenizer.add_tokens(["<|end|>"], special_tokens=special)
     expected = tokenizer.convert_tokens_to_ids("<|end|>") if template is PLAIN and special else None
     assert turn_end(Reader(tokenizer, chat=True)) == expected
+
+
+def test_answers_that_are_numbers_and_tasks_that_are_classes_are_text(plain) -> None:
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "answer": Value("int64"),
+                         "task": ClassLabel(names=["sum", "half"])})  # fmt: skip
+    row = {"prompt": "what is 3 plus 4?", "completion": " 7", "answer": 7, "task": 0}
+    rows = Dataset.from_list([row], features=features)
+    (found,) = encode_rows(rows, Reader(plain), {}, DataConfig(path="x"), keep=EVALUATED)
+    assert (found["answer"], found["task"]) == ("7", "sum")
+    rows = Dataset.from_list([{**row, "answer": ["7", "seven"], "task": "sum"}])
+    with pytest.raises(ValueError, match="column 'answer' holds .*make text of it with data.answer"):
+        encode_rows(rows, Reader(plain), {}, DataConfig(path="x"), keep=EVALUATED)

@@ -388,3 +388,8 @@ def test_errors_say_what_to_do(model, tokenizer, rows) -> None:
         check_prompts(asked, EvaluationConfig())
     with pytest.raises(ValueError, match="empty prompt_ids"):
         evaluate_model(model, tokenizer, [rows[0] | {"prompt_ids": []}], EvaluationConfig())
+
+
+def test_the_first_of_numbered_tasks_counts() -> None:
+    found = ExactAnswer().compute(predictions=["1", "1", "2"], references=["1", "1", "1"], tasks=[0, 1, 2])
+    assert found["accuracy_0"] == 1.0 and found["accuracy_macro"] == pytest.approx(2 / 3)
