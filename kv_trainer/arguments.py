@@ -392,3 +392,13 @@ class Recipe:
     teachers: dict[str, TeacherConfig]
     args: MultiTeacherKVConfig
     path: str = ""
+
+    @property
+    def models(self) -> dict[str, StudentConfig | TeacherConfig]:
+        """Every model by its place in the recipe: `student`, `teachers.NAME`."""
+        return {"student": self.student, **{f"teachers.{name}": teacher for name, teacher in self.teachers.items()}}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each teacher's own fusion weight."""
+        return {name: teacher.weight for name, teacher in self.teachers.items()}

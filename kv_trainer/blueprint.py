@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,8 +15,6 @@ from .bridge import KVBridge
 from .capture import kv_shape
 from .models import freeze, keep_layers, whole_weights
 from .types import KVShape
-
-logger = logging.getLogger(__name__)
 
 
 def check_build(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> None:
@@ -35,7 +32,7 @@ def check_build(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> None
             return
         teachers = {name: shapes[f"teachers.{name}"] for name in recipe.teachers}
         with told(recipe, ""):
-            KVBridge(shapes["student"], teachers, recipe.args, [t.weight for t in recipe.teachers.values()])
+            KVBridge(shapes["student"], teachers, recipe.args, [*recipe.weights.values()])
 
 
 @contextmanager
@@ -61,6 +58,7 @@ def shape_of(config: PreTrainedConfig, student: StudentConfig | None, taught: bo
     shape: KVShape | None = kv_shape(model) if taught else None
     adapters = students_peft(student, None)
     if adapters is not None:
-        with suppress(NotImplementedError):  # one that is drawn from the base's weights, which are not there
+        # Some look at weights, which the meta device has none of; what peft refuses is a ValueError.
+        with suppress(NotImplementedError, RuntimeError):
             add_adapters(model, adapters)
     return shape

@@ -57,9 +57,9 @@ def validate(options: argparse.Namespace, overrides: list[str]) -> int:
                 line, told = describe(path, options.quick)
             else:
                 recipe = load(path, overrides, options.quick)
-                weights = {name: t.weight for name, t in recipe.teachers.items()}
                 check_wrong(recipe.args)
-                told = [*ignored(recipe.args, weights), *doubtful(recipe.args, weights), *check_models(recipe)]
+                told = [*ignored(recipe.args, recipe.weights), *doubtful(recipe.args, recipe.weights)]
+                told += check_models(recipe)
                 line = summary(recipe)
             for message in told:
                 print(f"kv-trainer: warning: {path}: {message}", file=sys.stderr)

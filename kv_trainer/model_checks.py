@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .arguments import ModelConfig, Recipe
 
@@ -23,7 +24,7 @@ def check_models(recipe: Recipe) -> list[str]:
     from .blueprint import check_build
 
     skipped, configs = [], {}
-    for where, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+    for where, model in recipe.models.items():
         if model.trust_remote_code:
             skipped.append(f"{where} is not checked: it has trust_remote_code, and no code of a model is run here.")
             continue
@@ -32,6 +33,9 @@ def check_models(recipe: Recipe) -> list[str]:
         shape = model.model or getattr(model, "config", None)
         if not shape or not is_here(shape, "config.json", model.revision):
             skipped.append(f"{where} is not checked: {shape} is not on this machine yet.")
+            continue
+        if is_adapter(shape):
+            skipped.append(f"{where} is not checked: {shape} holds adapters, whose base is known once they are loaded.")
             continue
         config = AutoConfig.from_pretrained(shape, trust_remote_code=False, **offline(shape, model.revision))
         text = config.get_text_config()
@@ -48,6 +52,12 @@ def check_models(recipe: Recipe) -> list[str]:
 def is_here(name: str, file: str, revision: str | None) -> bool:
     """Whether a model is a folder, or its `file` has been fetched from the Hub before."""
     return os.path.exists(name) or isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds adapters without their base."""
+    adapters, whole = (os.path.exists(os.path.join(folder, name)) for name in (ADAPTER_CONFIG_NAME, "config.json"))
+    return adapters and not whole
 
 
 def offline(name: str, revision: str | None) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def check(recipe: Recipe, tree: Node) -> None:
     """What no section can see alone. RecipeError for the impossible; what has no effect is told by checks.ignored."""
     check_student(recipe.student, tree)
     check_peft(recipe.student, tree)
-    for path, model in {"student": recipe.student, **{f"teachers.{n}": t for n, t in recipe.teachers.items()}}.items():
+    for path, model in recipe.models.items():
         if model.dtype not in DTYPES:
             hint, where = suggest(model.dtype, DTYPES), tree.at(*path.split("."), "dtype")
             raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")

@@ -61,8 +61,7 @@ def side_job(recipe: Recipe) -> Recipe:
 
 def check_places(recipe: Recipe) -> None:
     """ValueError if what is trained would be written over a model, or rows, that the recipe reads."""
-    models = {"student": recipe.student, **{f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}}
-    read = {f"{where}.{key}": getattr(model, key, None) for where, model in models.items() for key in READ}
+    read = {f"{where}.{key}": getattr(model, key, None) for where, model in recipe.models.items() for key in READ}
     folder = Path(str(recipe.args.output_dir)).resolve()
     for where, place in {**read, "data.path": recipe.args.data.path}.items():
         if place and Path(place).exists() and Path(place).resolve() == folder:

@@ -30,6 +30,16 @@ def test_the_students_layers_are_pruned(tiny_model) -> None:
     assert found == kv_shape(model) and found.num_layers == 2
 
 
+def test_adapters_that_look_at_their_weights_are_not_refused(tiny_model) -> None:
+    """BOFT asks for numbers, which the meta device has none of; a target that is not there is still told."""
+    boft = {"type": "boft", "boft_block_size": 4, "target_modules": ["k_proj"]}
+    model = tiny_model("llama")
+    with torch.device("meta"):
+        assert shape_of(model.config, StudentConfig(model="anywhere", peft=boft), taught=True) == kv_shape(model)
+        with pytest.raises(ValueError, match="no_proj"):
+            shape_of(model.config, StudentConfig(model="x", peft={**boft, "target_modules": ["no_proj"]}), taught=True)
+
+
 @pytest.mark.parametrize("init", [True, "gaussian", "pissa", "olora"])
 def test_adapters_are_laid_on_even_if_they_are_drawn_from_weights(tiny_model, init: bool | str) -> None:
     lora = {"type": "lora", "target_modules": ["k_proj"], "init_lora_weights": init}

@@ -158,6 +158,12 @@ def test_nothing_is_trained_over_what_is_read(capsys: pytest.CaptureFixture[str]
     assert code == 2 and f"training.output_dir is {place}, which {section}" in err and "would be overwritten" in err
 
 
+def test_a_teacher_that_is_a_folder_of_adapters_is_passed_by(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("teacher/config.json").rename("teacher/adapter_config.json")
+    code, _, err = run(capsys, "validate", "r.yaml")
+    assert code == 0 and "teachers.math is not checked: teacher holds adapters" in err
+
+
 def test_validate_names_a_family_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
     MambaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=2).save_pretrained("teacher")
     code, _, err = run(capsys, "validate", "r.yaml")

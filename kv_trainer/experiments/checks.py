@@ -63,7 +63,7 @@ def without_effect(experiment: Experiment) -> list[str]:
     for name in experiment.arms:
         recipe = Job(experiment, name, experiment.seeds[0]).recipe()
         given = [*names_in(experiment.settings(name))]
-        for message in ignored(recipe.args, {teacher: t.weight for teacher, t in recipe.teachers.items()}):
+        for message in ignored(recipe.args, recipe.weights):
             setting = message.partition(" has no effect")[0]
             if any(f"{key}.".startswith(f"{setting}.") for key in given):
                 found.append(f"arms.{name} {experiment.arms[name].where}: {message}")
