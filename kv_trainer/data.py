@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .arguments import DataConfig, TimeAlignment
-from .examples import Example, example_of, filled, shown, teacher_example
+from .examples import Example, NoValue, example_of, filled, shown, teacher_example
 from .positions import align_rows
 from .text import IGNORED, Encoded, Reader, encode
 
@@ -107,8 +108,11 @@ def encode_rows(
             rows = as_text(rows, name)
 
     def text_of(row: Mapping[str, Any], name: str) -> str | None:
-        template = getattr(config, name)
-        return filled(template, row) if template else row.get(name) if name in columns else None
+        if template := getattr(config, name):
+            with suppress(NoValue):  # a row need not have an answer, or a task
+                return filled(template, row)
+            return None
+        return row.get(name) if name in columns else None
 
     # What is evaluated is the completion, whatever was learned: else arms would not be measured alike.
     prompts_too = config.train_on_prompt and not keep

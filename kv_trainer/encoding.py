@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
 from .arguments import DataConfig, MultiTeacherKVConfig
 from .data import EVALUATED, KVCollator, Reader, encode_rows
@@ -47,13 +48,18 @@ def has_text(rows: Dataset | None) -> bool:
     return rows is not None and "input_ids" not in (rows.column_names or ())
 
 
-def encoded_to_evaluate(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader) -> Dataset:
-    """As `encoded`, for the student alone, and with what an answer is generated from."""
+def encoded_to_evaluate(
+    rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, student: PreTrainedConfig | None = None
+) -> Dataset:
+    """As `encoded`, for the student alone, and with what an answer is generated from.
+
+    student: whose answers are to be generated; ValueError if its positions do not suffice.
+    """
     if not has_text(rows):
         return rows
     with encoding_first(args, rows) as data:
         rows = encode_rows(rows, reader, {}, data, keep=EVALUATED)
-    check_prompts(rows, args.evaluation)
+    check_prompts(rows, args.evaluation, student)
     return rows
 
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .files import write_text
 from .metrics import ExactAnswer, Perplexity, extract_answer, is_hit, reference_answer
+from .model_checks import positions_of
 from .models import end_tokens
 from .sampling import decoding
 
@@ -92,16 +93,30 @@ def evaluate_rows(
     return {f"eval_{name}": value for name, value in results.items()}, found
 
 
-def check_prompts(rows: datasets.Dataset, config: EvaluationConfig) -> None:
-    """ValueError, before anything is trained, where an answer is asked for without a prompt to ask it by."""
+def check_prompts(rows: datasets.Dataset, config: EvaluationConfig, student: PreTrainedConfig | None = None) -> None:
+    """ValueError, before anything is trained, where an answer is asked for that could not be generated."""
     if not config.generate:
         return
-    for row in rows.select_columns(["prompt_ids", "answer"]):
-        if row["answer"] not in (None, "") and not row["prompt_ids"]:
-            raise ValueError(
-                "Evaluation rows have an answer but no prompt that it could be generated from; give data.prompt, or "
-                "set evaluation.generate to false."
-            )
+    columns = rows.select_columns(["prompt_ids", "answer"])
+    asked = [row["prompt_ids"] for row in columns if row["answer"] not in (None, "")]
+    if not all(asked):
+        raise ValueError(
+            "Evaluation rows have an answer but no prompt that it could be generated from; give data.prompt, or "
+            "set evaluation.generate to false."
+        )
+    if student is not None:
+        check_room(asked, config, student)
+
+
+def check_room(prompts: Sequence[Sequence[int]], config: EvaluationConfig, student: PreTrainedConfig) -> None:
+    """ValueError where a prompt with the longest answer is longer than the student's table of positions."""
+    longest, most = max(map(len, prompts), default=0), positions_of(student)
+    if most is not None and longest + config.max_new_tokens > most:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens and evaluation.max_new_tokens is {config.max_new_tokens}, but "
+            f"this {student.model_type} has {most} positions and fails beyond them; lower evaluation.max_new_tokens "
+            "or data.max_length, or set evaluation.generate to false."
+        )
 
 
 def write_predictions(target: str | os.PathLike[str], found: list[dict[str, Any]]) -> None:
@@ -161,6 +176,7 @@ def generate_texts(
     numbers = range(len(prompts)) if numbers is None else numbers
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("A row has an answer but an empty prompt_ids; there is nothing to generate from.")
+    check_room(prompts, config, model.config.get_text_config())
     texts = [""] * len(prompts)
     with _bar("answers", len(prompts), progress) as bar, _greedy(model, tokenizer, config.max_new_tokens):
         for batch in _batches([len(prompt) for prompt in prompts], config.batch_size):

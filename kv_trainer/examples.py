@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from .alignment.tokens import ANSWER, NONE, PROMPT, REASONING, Span
@@ -125,13 +126,27 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+class NoValue(ValueError):
+    """A column that a template names is null in a row."""
+
+
+class Template(Formatter):
+    """str.format over a row's columns, which says what is wrong with a row, or with the template."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], row: Mapping[str, Any]) -> Any:
+        try:
+            value, column = super().get_field(field_name, args, row)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            name = "without a name" if field_name.isdigit() else f"'{field_name}'"
+            raise ValueError(f"A data template names the column {name}, but the rows have {', '.join(row)}.") from None
+        if value is None:
+            raise NoValue(f"The column '{field_name}' of a data template is null in a row; filter such rows out.")
+        return value, column
+
+
 def filled(template: str, row: Mapping[str, Any]) -> str:
-    """A template with a row's columns in it; ValueError where the row has no such column."""
-    try:
-        return template.format(**row)
-    except (KeyError, IndexError) as error:
-        name = error if isinstance(error, KeyError) else "without a name"
-        raise ValueError(f"A data template names the column {name}, but the rows have {', '.join(row)}.") from None
+    """A template with a row's columns in it; ValueError where the row has no such column, NoValue where it is null."""
+    return Template().vformat(template, (), row)
 
 
 def parted(turns: list[dict[str, str]], completion: str, config: DataConfig) -> Example:

@@ -39,10 +39,8 @@ def check_models(recipe: Recipe) -> list[str]:
             continue
         config = AutoConfig.from_pretrained(shape, trust_remote_code=False, **offline(shape, model.revision))
         text = config.get_text_config()
-        if tokenizer is not None and (count := tokens_of_text(tokenizer)) > text.vocab_size:
-            raise ValueError(
-                f"{place}: the tokenizer has {count} tokens, {shape} only {text.vocab_size}; give its own."
-            )
+        if tokenizer is not None:
+            check_vocabulary(f"{place}: ", text, tokenizer)
         check_length(place, text, recipe.args.data.max_length)
         configs[where] = config
     check_build(recipe, configs)
@@ -64,13 +62,27 @@ def offline(name: str, revision: str | None) -> dict[str, Any]:
     return {} if os.path.exists(name) else {"revision": revision, "local_files_only": True}
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model with a table of them has; None where any text can be read."""
+    return getattr(config, "max_position_embeddings", None) if config.model_type in LEARNED_POSITIONS else None
+
+
 def check_length(place: str, config: PreTrainedConfig, length: int) -> None:
     """ValueError where rows may be longer than a table of positions that a model has learned; RoPE has none."""
-    most = getattr(config, "max_position_embeddings", None)
-    if config.model_type in LEARNED_POSITIONS and most is not None and length > most:
+    most = positions_of(config)
+    if most is not None and length > most:
         raise ValueError(
             f"{place}: data.max_length is {length}, but this {config.model_type} has {most} positions and fails beyond "
             f"them; set data.max_length to {most} at most."
+        )
+
+
+def check_vocabulary(place: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError for a tokenizer that has more tokens than its model."""
+    if config.vocab_size < (count := tokens_of_text(tokenizer)):
+        raise ValueError(
+            f"{place}the tokenizer has {count} tokens, the model only {config.vocab_size}; give the model's own "
+            "tokenizer, or call its resize_token_embeddings."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from string import Formatter
 
 from .answers import RULES
 from .arguments import Recipe, StudentConfig
@@ -65,6 +66,24 @@ def check_store(recipe: Recipe, tree: Node) -> None:
         if teacher.source == "store" and not recipe.args.store.path:
             where = tree.at("teachers", name, "source")
             raise RecipeError(f"teachers.{name}.source {where} is store; say where it is, store: {{path: ./store}}.")
+
+
+def check_templates(recipe: Recipe, tree: Node) -> None:
+    """Braces that are no template would be told of once all is loaded, without the line."""
+    data = recipe.args.data
+    templates = {(name,): getattr(data, name) for name in ("prompt", "response", "answer", "task")}
+    templates |= {("teacher_text", name): template for name, template in data.teacher_text.items()}
+    for keys, template in templates.items():
+        try:
+            columns = [column for _, column, _, _ in Formatter().parse(template or "")]
+            wrong = "{} names no column" if "" in columns else None
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise RecipeError(
+                f"data.{'.'.join(keys)} {tree.at('data', *keys)} is no template: {wrong}; write {{question}} for the "
+                "column question, and double a brace that is text."
+            )
 
 
 def check_layers(recipe: Recipe, tree: Node) -> None:
@@ -156,6 +175,7 @@ def check(recipe: Recipe, tree: Node) -> None:
             raise RecipeError(f"{path}.dtype {where} is '{model.dtype}'; give one of {', '.join(DTYPES)}.{hint}")
     if not recipe.args.data.path:
         raise RecipeError(f"data {tree.at('data')} has no 'path'; give a hub name, a folder or a file.")
+    check_templates(recipe, tree)
     check_losses(recipe, tree)
     check_balance(recipe, tree)
     check_layers(recipe, tree)

@@ -41,6 +41,13 @@ def members(hint: Any) -> list[Any]:
     return sorted(found, key=lambda h: h is float)  # text stays text where both would do
 
 
+def is_choice(value: Any, choice: Any) -> bool:
+    """Whether a value is one that a hint lists; peft's 'pissa_niter_[number of iters]' stands for every number."""
+    if isinstance(value, str) and isinstance(choice, str) and "[number" in choice:
+        return re.fullmatch(re.sub(r"\\\[.*\\\]", r"\\d+", re.escape(choice)), value) is not None
+    return value == choice and isinstance(value, type(choice))
+
+
 def fit(value: Any, hint: Any) -> Any:
     """`value` as `hint`, or Misfit. An int passes for a float, and so does text such as 5e-5."""
     for option in members(hint):
@@ -58,7 +65,7 @@ def fit_one(value: Any, hint: Any) -> Any:
         return value
     if listed:
         value = "no" if value is False and "no" in listed else value  # YAML 1.1 reads a bare no as false
-        if any(value == choice and isinstance(value, type(choice)) for choice in listed):
+        if any(is_choice(value, choice) for choice in listed):
             return value
     elif origin is list and isinstance(value, list):
         (inner,) = typing.get_args(hint) or (Any,)

@@ -19,7 +19,7 @@ from .capture import count_parameters
 from .data import Reader
 from .losses import DistillationLoss
 from .losses.base import NEEDS
-from .model_checks import check_length, tokens_of_text
+from .model_checks import check_length, check_vocabulary
 from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .recipe_values import suggest
 from .store.teacher import open_teacher
@@ -105,6 +105,8 @@ def resolve_student(
         with naming("student", config.model or config.config):
             read = tokenizer or load_tokenizer(config)
             loaded = load_student(config)
+            tokenizer = read.tokenizer if isinstance(read, Reader) else read
+            check_vocabulary("", loaded.config.get_text_config(), tokenizer)
         if isinstance(read, Reader) and config.chat and config.chat != read.chat:
             raise ValueError(f"The student's chat is {config.chat}, but its Reader says {read.chat}; say it once.")
         return loaded, read if isinstance(read, Reader) else Reader(read, config.chat)
@@ -113,12 +115,7 @@ def resolve_student(
     if tokenizer is None:
         raise ValueError("Give processing_class, the student's tokenizer, beside a model instance.")
     reader = tokenizer if isinstance(tokenizer, Reader) else Reader(tokenizer)
-    known, needed = config.config.get_text_config().vocab_size, tokens_of_text(reader.tokenizer)
-    if known < needed:
-        raise ValueError(
-            f"The student knows {known} tokens, its tokenizer {needed}; give its own as processing_class, or call "
-            "resize_token_embeddings."
-        )
+    check_vocabulary("The student's processing_class: ", config.config.get_text_config(), reader.tokenizer)
     adapters: Any = getattr(config, "active_peft_config", None)
     if adapters is not None:
         check_method(adapters)
@@ -148,18 +145,15 @@ def resolve_teacher(
         with naming(f"teachers.{name}", given.model):
             reader = Reader(load_tokenizer(given), given.chat)
             model = load_random(given, own) if given.random else load_pretrained(given, device)
+            check_vocabulary("", model.config.get_text_config(), reader.tokenizer)
         return Teacher(model, reader, given.weight, placement, seed if given.random else None)
     model, read = given if isinstance(given, tuple) else (given, None)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Teacher '{name}' is a {type(model).__name__}; give a name, a TeacherConfig or a model.")
     read = read or own_tokenizer(name, model) or students
     reader = read if isinstance(read, Reader) else Reader(read)
-    known = model.config.get_text_config().vocab_size
-    if known < tokens_of_text(reader.tokenizer):
-        raise ValueError(
-            f"Teacher '{name}' knows {known} tokens, the tokenizer {len(reader.tokenizer)}: it is not its own. Give "
-            "the pair (model, tokenizer)."
-        )
+    place = f"Teacher '{name}', for which the pair (model, tokenizer) can be given: "
+    check_vocabulary(place, model.config.get_text_config(), reader.tokenizer)
     return Teacher(model, reader)
 
 

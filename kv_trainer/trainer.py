@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import profiling
@@ -107,7 +107,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         if peft_config is not None:
             student = add_adapters(student, peft_config)
         self._build_bridge(student, shape, args)
-        train_dataset, eval_dataset = self._encode(train_dataset, eval_dataset, args)
+        train_dataset, eval_dataset = self._encode(train_dataset, eval_dataset, args, student.config.get_text_config())
         ours = self._watchers(args, train_dataset, shape.num_layers if shape else 1)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         self.predictions: list[dict[str, Any]] = []
@@ -150,13 +150,16 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
 
-    def _encode(self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig) -> tuple[Dataset | None, Any]:
+    def _encode(
+        self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig, student: PreTrainedConfig
+    ) -> tuple[Dataset | None, Any]:
         """The rows to train on, for the student and every teacher, and those to evaluate on, for the student."""
         if train is not None:
             train = encoded(train, args, self.reader, self.teachers)
         if isinstance(evaluation, dict):
-            return train, {name: encoded_to_evaluate(rows, args, self.reader) for name, rows in evaluation.items()}
-        return train, None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader)
+            each = evaluation.items()
+            return train, {name: encoded_to_evaluate(rows, args, self.reader, student) for name, rows in each}
+        return train, None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader, student)
 
     def _watchers(self, args: MultiTeacherKVConfig, rows: Dataset | None, layers: int) -> list[TrainerCallback]:
         """What runs the teachers, and what counts, logs and guards a step; returned are the callbacks among them."""

@@ -491,7 +491,7 @@ def test_tasks_are_numbers_in_training_and_names_in_evaluation(plain):
     assert KVCollator(0, {})(list(found))["task"].tolist() == [1, 0, -1]
     assert task_names(found.select([0])) == ("plus", "times"), "a part of the rows has the same numbers"
     named = encode_rows(rows, Reader(plain), {}, DataConfig(task="{answer}-{task}"))
-    assert task_names(named) == ("12-plus", "6-None", "6-times")
+    assert task_names(named) == ("12-plus", "6-times") and named["task"][2] is None
     evaluated = encode_rows(rows, Reader(plain), {}, DataConfig(), keep=("task",))
     assert evaluated["task"][:] == ["times", "plus", None] and task_names(evaluated) == ()
     assert "task" not in KVCollator(0, {})(list(evaluated))
@@ -635,6 +635,31 @@ def test_indices_stay_inside_rows_that_are_cut(tiny_tokenizer, method, length, s
         assert max(row["math/index"]) <= len(row["math/input_ids"]) - 1
         if method in ("segment_aware", "rkv"):
             check_segments(row)
+
+
+@pytest.mark.parametrize("column", ["question", "reply"])
+def test_a_null_in_a_template_is_told(tiny_tokenizer, column):
+    rows = [{"question": "what", "reply": "this"}, {"question": "what", "reply": "this", column: None}]
+    data = DataConfig(prompt="{question}\n", response="so {reply}")
+    with pytest.raises(ValueError, match=f"column '{column}' of a data template is null"):
+        encode_rows(Dataset.from_list(rows), Reader(tiny_tokenizer()), {}, data)
+
+
+def test_a_null_answer_or_task_of_a_template_is_none(tiny_tokenizer):
+    rows = Dataset.from_list([{**ROWS[0], "n": 3, "kind": "sum"}, {**ROWS[0], "n": None, "kind": None}])
+    reader, data = Reader(tiny_tokenizer()), DataConfig(answer="{n}", task="of {kind}")
+    found = encode_rows(rows, reader, {}, data, keep=EVALUATED)
+    assert (found["answer"][:], found["task"][:]) == (["3", None], ["of sum", None])
+    assert task_names(encode_rows(rows, reader, {}, data)) == ("of sum",)
+
+
+def test_a_template_that_reaches_into_a_column(tiny_tokenizer):
+    rows = Dataset.from_list([{"q": {"text": "what"}, "a": ["no", "yes"]}])
+    data = DataConfig(prompt="{q[text]} ", response="{a[1]}")
+    assert example_of(rows[0], data).completion == "yes" and example_of(rows[0], data).prompt == "what "
+    for template in ("{q.text}", "{q[words]}", "{a[2]}", "{a[x]}"):
+        with pytest.raises(ValueError, match="names the column '.*', but the rows have q, a"):
+            example_of(rows[0], DataConfig(response=template))
 
 
 def test_mistakes_in_teacher_text_are_named(tiny_tokenizer):

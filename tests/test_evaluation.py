@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kv_trainer import evaluation
 from kv_trainer.arguments import EvaluationConfig
@@ -386,6 +386,12 @@ def test_errors_say_what_to_do(model, tokenizer, rows) -> None:
     check_prompts(asked, EvaluationConfig(generate=False))
     with pytest.raises(ValueError, match="no prompt that it could be generated from; give data.prompt"):
         check_prompts(asked, EvaluationConfig())
+    table = GPT2Config(n_positions=8)
+    asked = Dataset.from_list([rows[0] | {"prompt_ids": [1, 2, 3], "answer": "x"}])
+    check_prompts(asked, EvaluationConfig(max_new_tokens=5), table)
+    check_prompts(asked, EvaluationConfig(max_new_tokens=6), LlamaConfig(max_position_embeddings=8))
+    with pytest.raises(ValueError, match="longest prompt has 3 tokens.*max_new_tokens is 6.*gpt2 has 8 positions"):
+        check_prompts(asked, EvaluationConfig(max_new_tokens=6), table)
     with pytest.raises(ValueError, match="empty prompt_ids"):
         evaluate_model(model, tokenizer, [rows[0] | {"prompt_ids": []}], EvaluationConfig())
 

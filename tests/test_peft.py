@@ -209,6 +209,13 @@ def test_the_section_survives_a_round_trip(folder: Path, tmp_path: Path, monkeyp
     assert load_recipe("recipe.yaml", ["--student.peft", "null"]).student.peft is None
 
 
+def test_a_number_of_iterations_goes_into_the_name_of_an_initialisation() -> None:
+    assert peft_config({**LORA, "init_lora_weights": "pissa_niter_16"}).init_lora_weights == "pissa_niter_16"
+    for wrong in ("pissa_niter_", "pissa_niter_many", "pissa_niter_[number of iters]"):
+        with pytest.raises(RecipeError, match="init_lora_weights"):
+            peft_config({**LORA, "init_lora_weights": wrong})
+
+
 def test_the_section_is_pefts_own_config() -> None:
     config = peft_config({**LORA, "lora_dropout": 0.25, "init_lora_weights": "gaussian"})
     assert isinstance(config, LoraConfig) and config.task_type == "CAUSAL_LM"

@@ -84,6 +84,19 @@ def test_every_section_of_the_config_is_a_section_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "where", "why"),
+    [
+        ("response: '{a'", "response", "expected '}'"),
+        ("answer: '{}'", "answer", "{} names no column"),
+        ("teacher_text: {code: '}'}", "teacher_text.code", "Single '}'"),
+    ],
+)
+def test_braces_that_are_no_template(template: str, where: str, why: str) -> None:
+    text = f"student: {{model: org/s}}\ndata: {{path: org/d, {template}}}\n"
+    assert f"data.{where} in recipes/x.yaml, line 2 is no template: {why}" in error_of(text)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (
