@@ -24,6 +24,7 @@ from .arguments import MultiTeacherKVConfig, ProjectorConfig
 from .files import write_text
 from .fusion import method_of
 from .losses import LOSSES
+from .recipe_values import plain
 
 if TYPE_CHECKING:
     from .data import Reader
@@ -34,9 +35,13 @@ MANIFEST_FILE = "kv_manifest.json"
 STATE_FILE = "trainer_state.json"
 SAMPLES = 1024
 # A checkpoint's optimizer state has these in it: other values would be written down, and not be used.
-OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SCHEDULE = (
+    "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
+    "freeze", "accumulation",
+)  # fmt: skip
 SHAPES = ("bridge", "resting")  # of the bridge's tensors, which follow from the settings
-FREE = ("losses", "data", "seed", "step")  # what a resume may change, as long as it is told
+FREE = ("losses", "data", "seed", "step", "schedule")  # what a resume may change, as long as it is told
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
 
 
@@ -98,7 +103,8 @@ def describe_run(
         "control": asdict(args.control),
         "data": data,
         "losses": {name: asdict(loss) for name, loss in args.losses.items()},
-        "optimizer": {name: getattr(args, name) for name in OPTIMIZER},
+        "optimizer": {name: plain(getattr(args, name)) for name in OPTIMIZER},
+        "schedule": {name: plain(getattr(args, name)) for name in SCHEDULE},
         "seed": args.seed,
         "step": {
             "processes": args.world_size, "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -151,7 +157,8 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
     if not path.exists():
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
     now = json.loads(json.dumps(manifest))  # as JSON has it
-    saved = {"optimizer": now["optimizer"], **completed(json.loads(path.read_text(encoding="utf-8")))}
+    saved = completed(json.loads(path.read_text(encoding="utf-8")))
+    saved |= {key: {**now[key], **saved.get(key, {})} for key in ("optimizer", "schedule")}  # of an older version
     for told in (saved, now):  # the hash of its weights says which teacher it is, wherever it came from
         for teacher in told.get("teachers", {}).values():
             teacher.pop("model", None), teacher.pop("revision", None)
@@ -168,7 +175,7 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
         raise ValueError(f"{folder.name} is sharded over its processes: {'; '.join(found['step'])}. Resume on as many.")
     if free and main:
         logger.warning(
-            "%s: %s. Weights, optimizer and schedule go on; the rest of the run is not what it would have been.",
+            "%s: %s. Weights, optimizer and step count go on; the rest of the run is not what it would have been.",
             folder.name, "; ".join(free),
         )  # fmt: skip
 

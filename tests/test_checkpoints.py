@@ -15,7 +15,14 @@ from helpers_trainer import World, curve
 from peft import LoraConfig
 from torch import nn
 
-from kv_trainer.arguments import AlignmentConfig, ControlConfig, LayerAlignment, ProjectorConfig, TeacherConfig
+from kv_trainer.arguments import (
+    AlignmentConfig,
+    ControlConfig,
+    FreezeConfig,
+    LayerAlignment,
+    ProjectorConfig,
+    TeacherConfig,
+)
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.checks import check_arguments
 from kv_trainer.data import Reader
@@ -138,6 +145,7 @@ def other_teachers(world: World, kind: str) -> dict[str, Any]:
         ({"alignment": AlignmentConfig(layers=LayerAlignment("nearest"))}, "", "alignment.layers.method was"),
         ({"fusion": Uniform()}, "", 'fusion.method was "confidence", is "uniform"'),
         ({"learning_rate": 0.123}, "", r"optimizer.learning_rate was \S+, is 0.123"),
+        ({"optim": "adamw_torch"}, "", 'optimizer.optim was "sgd", is "adamw_torch"'),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -170,6 +178,7 @@ def test_knobs_that_an_older_version_did_not_have_were_as_by_default(world: Worl
     path = run / "checkpoint-3" / MANIFEST_FILE
     saved = json.loads(path.read_text())
     del saved["projector"]["activation"], saved["losses"]["kv"]["layers"], saved["resting"], saved["optimizer"]
+    del saved["schedule"]
     path.write_text(json.dumps(saved))
     world.trainer(run, losses(), **SAVING).train(resume_from_checkpoint=True)
     assert "the rest of the run is not what it would have been" not in caplog.text
@@ -218,6 +227,22 @@ def test_what_a_resume_may_change_is_told(world: World, run: Path, caplog: pytes
         world.trainer(run, losses(0.25), **options).train(resume_from_checkpoint=True)
     assert "losses.kv.weight was 0.5, is 0.25" in caplog.text
     assert "step.per_device_train_batch_size was 4, is 2" in caplog.text
+    assert "schedule.max_steps was 3, is 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lr_scheduler_type": "constant"}, 'schedule.lr_scheduler_type was "linear", is "constant"'),
+        ({"max_grad_norm": 0.5}, "schedule.max_grad_norm was 1.0, is 0.5"),
+        ({"warmup_steps": 2}, "schedule.warmup_steps was 0, is 2"),
+        ({"freeze": FreezeConfig(attention=True, until_step=1)}, "schedule.freeze.until_step was not there, is 1"),
+    ],
+)
+def test_another_schedule_is_told(world: World, run: Path, caplog: Any, change: dict[str, Any], told: str) -> None:
+    with caplog.at_level(logging.WARNING):
+        world.trainer(run, losses(), **{**SAVING, **change}).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert told in caplog.text
 
 
 def test_a_manifest_names_no_folder_of_this_machine(run: Path, world: World, tmp_path: Path) -> None:
