@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MANIFEST_FILE = "kv_manifest.json"
 STATE_FILE = "trainer_state.json"
-SAMPLES = 1024
+SAMPLES, FEW = 1024, 16
 # A checkpoint's optimizer state has these in it: other values would be written down, and not be used.
 OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SCHEDULE = (
@@ -60,6 +62,24 @@ def fingerprint(model: nn.Module) -> str:
         values = values.double() if values.is_floating_point() else values.long()
         found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def files_fingerprint(model: str, revision: str | None = None) -> str | None:
+    """As `fingerprint`, of the weights as they lie in a folder, or were fetched from the Hub; None where they are not.
+
+    No model is built and little is read, so that a store can ask whose it is.
+    """
+    cached = try_to_load_from_cache(model, "config.json", revision=revision) if not Path(model).exists() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(model)
+    found: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_tensor(name)  # mapped, not read
+                flat = tensor.reshape(-1)
+                values = flat[:: max(1, flat.numel() // FEW)].double().tolist()
+                found.append(f"{name} {tuple(tensor.shape)} {values}")
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16] if found else None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

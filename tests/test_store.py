@@ -16,6 +16,7 @@ from datasets import Dataset
 from helpers_trainer import ROWS, STUDENT, TEACHERS, curve
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from kv_trainer.cli import main
 from kv_trainer.recipes import load_recipe
@@ -230,6 +231,27 @@ def copied(home: Path, tmp_path: Path) -> list[str]:
 def test_a_store_of_something_else_is_refused(start, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start(*(STORED[:2] if "--teachers.deep" in settings else STORED), *settings)
+
+
+def test_another_teacher_in_a_folder_of_the_same_name_is_refused(home: Path, start, tmp_path: Path) -> None:
+    moved = shutil.copytree(home / "fine", tmp_path / "fine")
+    start(*STORED, "--teachers.fine.model", str(moved))
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: x + 1e-3 if x.ndim > 1 else x for name, x in weights.items()}, moved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"teachers.fine.weights was \"\w+\", is \"\w+\""):
+        start(*STORED, "--teachers.fine.model", str(moved))
+    (moved / "model.safetensors").unlink()  # the weights are elsewhere: the store need not have them
+    start(*STORED, "--teachers.fine.model", str(moved))
+
+
+def test_a_store_of_before_weights_were_noted_is_read(home: Path, start, tmp_path: Path) -> None:
+    settings = copied(home, tmp_path)
+    for name in ("store.json", "begun.json"):
+        record = json.loads((tmp_path / "store" / name).read_text())
+        assert all(teacher.pop("files") for teacher in record["teachers"].values())
+        (tmp_path / "store" / name).write_text(json.dumps(record))
+    start(*settings)
+    precompute(load_recipe(home / "recipe.yaml", settings))
 
 
 def test_texts_that_an_aligned_store_could_not_tell_apart_are_refused(home: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..alignment.mapping import align
 from ..arguments import Recipe, StoreConfig
 from ..files import write_text
 from ..fusion import method_of
-from ..manifest import differences, tokenizer_hash
+from ..manifest import differences, files_fingerprint, tokenizer_hash
 from ..profiling import clocks
 from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
@@ -125,6 +125,7 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
         name: {
             **{k: v for k, v in trainer.manifest["teachers"][name].items() if k != "weight"},
             "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
+            "files": files_fingerprint(str(recipe.teachers[name].model), recipe.teachers[name].revision),
             "text": what_is_read(args.data, name), "loaded": how_loaded(recipe.teachers[name]),
             "shape": {**asdict(teacher.shape), **form, "aligned": False},
             "scores": len(trainer.teachers) > 1, "importance": needs.importance,
@@ -152,7 +153,10 @@ def check_same(folder: Path, begun: dict[str, Any]) -> None:
     """ValueError if the folder holds, or was to hold, a store of something else."""
     path = folder / BEGUN
     if path.exists():
-        found = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun)))
+        saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun))
+        for name, teacher in saved["teachers"].items():  # of an older version, which did not say
+            teacher.setdefault("files", now["teachers"].get(name, {}).get("files"))
+        found = differences(saved, now)
         if found:
             raise ValueError(f"{folder} holds a store of something else: {'; '.join(found)}. Give a new store.path.")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arguments import DataConfig, MultiTeacherKVConfig, TeacherConfig
 from ..data import Reader
 from ..fusion import method_of
-from ..manifest import differences, tokenizer_hash
+from ..manifest import differences, files_fingerprint, tokenizer_hash
 from ..models import load_tokenizer
 from ..teachers import TeacherNeeds
 from ..types import KVShape, KVStates, TeacherSignal
@@ -159,6 +159,9 @@ def open_teacher(
         for said, tokenizer in ((now, tokenizer_hash(reader.tokenizer)), (saved, told["tokenizer"])):
             del said["alignment"], said["student"]
             said["teachers"][name]["tokenizer"] = tokenizer
+    files = files_fingerprint(str(given.model), given.revision)
+    if files and told.get("files"):  # two models may lie in folders of one name
+        now["teachers"][name]["weights"], saved["teachers"][name]["weights"] = files, told["files"]
     if record["left_out"]:  # which rows a teacher is not asked for is up to the fusion of them all
         now |= {"fusion": {"method": method_of(args.fusion), **asdict(args.fusion)}, "weights": dict(weights)}
         saved |= {"fusion": record["fusion"], "weights": record["weights"]}
