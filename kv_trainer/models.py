@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -147,9 +148,20 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = new
     config.num_hidden_layers = len(kept)
-    for key in PER_LAYER:
-        if getattr(config, key, None):
-            setattr(config, key, [getattr(config, key)[i] for i in kept])
+    try:
+        for key in PER_LAYER:
+            if getattr(config, key, None):
+                setattr(config, key, [getattr(config, key)[i] for i in kept])
+        with torch.device("meta"):
+            again = type(model)(copy.deepcopy(model.config))
+    except (AttributeError, IndexError, TypeError, ValueError):
+        again = None
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} if m else {} for m in (model, again)]
+    if shapes[0] != shapes[1]:  # it would be saved, and loaded with other, random, weights
+        raise ValueError(
+            f"student.keep_layers is {kept}, which {type(config).__name__} has no words for: it derives what a layer is "
+            "from its place. Layers of the kinds that the new places have may do; else leave keep_layers out."
+        )
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:

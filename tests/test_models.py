@@ -62,6 +62,31 @@ def test_lists_of_the_config_follow(tiny_model, tmp_path):
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
 
+MIXED = {
+    "first layers dense": ("deepseek_v3", {"first_k_dense_replace": 1}),
+    "some layers dense": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "every second layer of experts": ("qwen3_moe", {"decoder_sparse_step": 2}),
+}
+
+
+@pytest.mark.parametrize("kept", [[0, 1], [0, 2], [1, 2], [1]], ids=str)
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXED])
+def test_a_pruned_model_is_saved_as_it_is_or_refused(tiny_model, tmp_path, name, kept):
+    """A config that derives a layer's kind from its place would load with other, random, weights."""
+    family, knobs = MIXED.get(name, (name, {}))
+    model = tiny_model(family, **{**FAMILIES[family], **knobs})
+    try:
+        keep_layers(model, kept)
+    except ValueError as error:
+        assert "student.keep_layers is [" in str(error) and "derives what a layer is" in str(error)
+        assert family in ("bamba", "falcon_h1", "jamba") or name in MIXED
+        return
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ours, theirs = (m(IDS, use_cache=False).logits for m in (model, again))  # a cache wants some attention
+    torch.testing.assert_close(theirs, ours)
+
+
 @pytest.mark.parametrize("kept", [[], [3], [-1], [0, 0]], ids=str)
 def test_impossible_layers_are_refused(tiny_model, kept):
     model = tiny_model("llama")
