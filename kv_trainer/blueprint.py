@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,29 +11,39 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .adapters import add_adapters, students_peft
-from .arguments import Recipe, StudentConfig
+from .arguments import FreezeConfig, ModelConfig, Recipe, StudentConfig
 from .bridge import KVBridge
+from .callbacks.freezing import attention_names, layer_groups
 from .capture import kv_shape
 from .models import freeze, keep_layers, whole_weights
+from .store.teacher import check_stored
 from .types import KVShape
 
 
-def check_build(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> None:
+def check_build(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> list[str]:
     """ValueError for a model, or a pair of models and losses, that a run would refuse once it has loaded them.
 
     configs: of the models that are known here, by their section, `student` or `teachers.NAME`; without all of them the
-    bridge, which joins them, is left out.
+    bridge, which joins them, is left out. Returns what a run will need that is not here.
     """
-    shapes = {}
-    with torch.device("meta"), whole_weights(recipe.args):
+    shapes, missing, args = {}, [], recipe.args
+    with torch.device("meta"), whole_weights(args):
         for where, config in configs.items():
+            section = recipe.models[where]
             with told(recipe, where):
-                shapes[where] = shape_of(config, recipe.student if where == "student" else None, bool(recipe.teachers))
+                try:
+                    model = build(config, section.attn_implementation)
+                except ImportError as error:  # another machine may have it
+                    missing.append(f"{where}.attn_implementation is {section.attn_implementation}: {error}")
+                    model = build(config)
+                shapes[where] = shape_of(model, section, bool(recipe.teachers), args.freeze)
         if not recipe.teachers or set(shapes) != {"student", *(f"teachers.{name}" for name in recipe.teachers)}:
-            return
+            return missing
         teachers = {name: shapes[f"teachers.{name}"] for name in recipe.teachers}
         with told(recipe, ""):
-            KVBridge(shapes["student"], teachers, recipe.args, [*recipe.weights.values()])
+            bridge = KVBridge(shapes["student"], teachers, args, [*recipe.weights.values()])
+            stored = [name for name, teacher in recipe.teachers.items() if teacher.source == "store"]
+            return missing + check_stored(stored, args.store, bridge.teacher_needs())
 
 
 @contextmanager
@@ -44,19 +55,28 @@ def told(recipe: Recipe, where: str) -> Iterator[None]:
         raise ValueError(f"{where}{' of ' if where else ''}{recipe.path}: {error}") from error
 
 
-def shape_of(config: PreTrainedConfig, student: StudentConfig | None, taught: bool) -> Any:
-    """The coordinates of what `config` would be; with its section, of the student it would be made into.
+def build(config: PreTrainedConfig, attention: str | None = None) -> Any:
+    """The model of `config`. attention: its implementation; ImportError if that is not installed."""
+    options = {"attn_implementation": attention} if attention else {}
+    # A copy: the implementation would be left in it, also where it is refused.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
 
-    Without teachers (not `taught`) any model can be a student, and its shape is None.
+
+def shape_of(model: Any, section: ModelConfig, taught: bool, freezing: FreezeConfig | None = None) -> Any:
+    """The coordinates of a model; a student is first made what its section says.
+
+    Without teachers (not `taught`) any model can be a student, and its shape is None. freezing: what rests for a part
+    of the student's run.
     """
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if student is None:
+    if not isinstance(section, StudentConfig):
         return kv_shape(model)
-    if student.keep_layers is not None:
-        keep_layers(model, student.keep_layers)
-    freeze(model, student.freeze)
+    if section.keep_layers is not None:
+        keep_layers(model, section.keep_layers)
+    freeze(model, section.freeze)
     shape: KVShape | None = kv_shape(model) if taught else None
-    adapters = students_peft(student, None)
+    if freezing and freezing.layer_groups:
+        layer_groups({}, [n for n, _ in model.named_parameters()], attention_names(model), freezing)
+    adapters = students_peft(section, None)
     if adapters is not None:
         # Some look at weights, which the meta device has none of; what peft refuses is a ValueError.
         with suppress(NotImplementedError, RuntimeError):

@@ -74,7 +74,7 @@ def files_fingerprint(model: str, revision: str | None = None) -> str | None:
     found: list[str] = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 - it is no dict
                 tensor = tensors.get_tensor(name)  # mapped, not read
                 flat = tensor.reshape(-1)
                 values = flat[:: max(1, flat.numel() // FEW)].double().tolist()

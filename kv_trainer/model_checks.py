@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -19,7 +20,7 @@ def check_models(recipe: Recipe) -> list[str]:
     """What the configs and tokenizers that are on this machine tell without weights. ValueError names what to change.
 
     No code of a model is run, whatever the recipe says, for it may be a stranger's, and the Hub is not asked. Returns
-    what was left out for either.
+    what was left out for either, and what a run will need that is not here yet.
     """
     from .blueprint import check_build
 
@@ -43,8 +44,9 @@ def check_models(recipe: Recipe) -> list[str]:
             check_vocabulary(f"{place}: ", text, tokenizer)
         check_length(place, text, recipe.args.data.max_length)
         configs[where] = config
-    check_build(recipe, configs)
-    return skipped
+        if getattr(model, "quantization", None) and find_spec("bitsandbytes") is None:
+            skipped.append(f"{where}.quantization needs bitsandbytes, which is not here: pip install bitsandbytes.")
+    return skipped + check_build(recipe, configs)
 
 
 def is_here(name: str, file: str, revision: str | None) -> bool:

@@ -159,8 +159,8 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} if m else {} for m in (model, again)]
     if shapes[0] != shapes[1]:  # it would be saved, and loaded with other, random, weights
         raise ValueError(
-            f"student.keep_layers is {kept}, which {type(config).__name__} has no words for: it derives what a layer is "
-            "from its place. Layers of the kinds that the new places have may do; else leave keep_layers out."
+            f"student.keep_layers is {kept}, which {type(config).__name__} has no words for: it derives what a layer "
+            "is from its place. Layers of the kinds that the new places have may do; else leave keep_layers out."
         )
 
 

@@ -53,7 +53,7 @@ def naming(section: str, model: Any) -> Iterator[None]:
         yield
     except OSError as error:
         raise not_there(section, model, error) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # flash attention that is not installed
         raise ValueError(f"{section} is '{model}': {error}") from error
 
 

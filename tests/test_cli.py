@@ -190,6 +190,33 @@ def test_impossible_combinations(capsys: pytest.CaptureFixture[str], overrides: 
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
+def test_what_a_run_needs_and_this_machine_lacks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = ["--teachers.math.attn_implementation=flash_attention_2", "--teachers.math.quantization=4bit"]
+    lacking += ["--student.attn_implementation=flash_attention_3"]
+    code, out, err = run(capsys, "validate", "r.yaml", *lacking)
+    assert code == 0 and out.startswith("ok r.yaml") and err.count("\n") == 3
+    assert "teachers.math.quantization needs bitsandbytes, which is not here" in err
+    assert "teachers.math.attn_implementation is flash_attention_2: " in err and "FlashAttention3 has been" in err
+    train = ("train", "r.yaml", "--data.eval_split=null", "--student.attn_implementation=flash_attention_2")
+    code, _, err = run(capsys, *train)
+    assert code == 2 and "student is 'student': FlashAttention2 has been toggled on" in err
+    code, _, err = run(capsys, "validate", "r.yaml", "--student.attn_implementation=flash_atention")
+    assert code == 2 and 'student of r.yaml: Specified `attn_implementation="flash_atention"` is not supported' in err
+
+
+def test_a_store_is_looked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stored = ["validate", "r.yaml", "--teachers.math.source=store", "--store.path=stored"]
+    code, _, err = run(capsys, *stored)
+    assert code == 0 and "store.path stored holds no store yet: kv-trainer precompute makes it." in err
+    code, _, err = run(capsys, *stored, "--losses.logit_kd.weight=1")
+    assert code == 2 and "r.yaml: The store of teacher 'math' has no logits, which this recipe needs" in err
+    (tmp_path / "stored").mkdir()
+    record = {"format": 2, "teachers": {"maths": {"importance": False, "scores": False}}}
+    (tmp_path / "stored/store.json").write_text(json.dumps(record))
+    code, _, err = run(capsys, *stored)
+    assert code == 2 and "stored holds the teachers maths, not 'math'" in err
+
+
 def test_a_tokenizer_larger_than_its_model(capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads(Path("teacher/config.json").read_text())
     Path("teacher/config.json").write_text(json.dumps({**config, "vocab_size": 3}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..arguments import DataConfig, MultiTeacherKVConfig, TeacherConfig
+from ..arguments import DataConfig, MultiTeacherKVConfig, StoreConfig, TeacherConfig
 from ..data import Reader
 from ..fusion import method_of
 from ..manifest import differences, files_fingerprint, tokenizer_hash
@@ -19,7 +19,7 @@ from ..models import load_tokenizer
 from ..teachers import TeacherNeeds
 from ..types import KVShape, KVStates, TeacherSignal
 from .quantise import restore
-from .shards import PARTS, StoreReader, damaged, read_record, row_key
+from .shards import PARTS, RECORD, StoreReader, damaged, read_record, row_key
 
 
 class StoredTeacher:
@@ -54,15 +54,7 @@ class StoredTeacher:
 
     def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
         """ValueError for what is not stored."""
-        live = {"logits": needs.final, "queries": needs.queries, "hidden states": needs.hidden,
-                "attention for R-KV": needs.mass, "importance": needs.importance and not self.told["importance"],
-                "likelihoods": needs.scores and not self.told["scores"]}  # fmt: skip
-        missing = [what for what, wanted in live.items() if wanted]
-        if missing:
-            raise ValueError(
-                f"The store of teacher '{self.name}' has no {missing[0]}, which this recipe needs; set "
-                f"teachers.{self.name}.source: live, or precompute with this recipe's losses and fusion."
-            )
+        check_has(self.name, self.told, needs)
         self.needs = needs
 
     def read(self, rows: list[list[int]], length: int) -> dict[str, Tensor]:
@@ -99,6 +91,44 @@ class StoredTeacher:
         return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
 
 
+def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds) -> None:
+    """ValueError for what the losses and the fusion ask of a teacher and its store does not have.
+
+    told: of the store, whether there is `importance` and whether there are `scores`.
+    """
+    live = {"logits": needs.final, "queries": needs.queries, "hidden states": needs.hidden,
+            "attention for R-KV": needs.mass, "importance": needs.importance and not told["importance"],
+            "likelihoods": needs.scores and not told["scores"]}  # fmt: skip
+    missing = [what for what, wanted in live.items() if wanted]
+    if missing:
+        raise ValueError(
+            f"The store of teacher '{name}' has no {missing[0]}, which this recipe needs; set "
+            f"teachers.{name}.source: live, or precompute with this recipe's losses and fusion."
+        )
+
+
+def check_holds(folder: Path, record: Mapping[str, Any], name: str) -> None:
+    if name not in record["teachers"]:
+        raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
+
+
+def check_stored(names: Sequence[str], config: StoreConfig, needs: TeacherNeeds) -> list[str]:
+    """As far as it can be told before anything is loaded, whether a store has these teachers, and what is needed.
+
+    Returns a word about a store that is not there yet.
+    """
+    if not names:
+        return []
+    folder = Path(str(config.path))
+    there = (folder / RECORD).exists()
+    expected = {"teachers": dict.fromkeys(names, {"importance": True, "scores": True})}
+    known = read_record(folder) if there else expected
+    for name in names:
+        check_holds(folder, known, name)
+        check_has(name, known["teachers"][name], needs)
+    return [] if there else [f"store.path {folder} holds no store yet: kv-trainer precompute makes it."]
+
+
 def column_of(name: str, form: str) -> str:
     """The tokens of encoded rows by which a store of this form finds them."""
     return f"{name}/input_ids" if form == "raw" else "input_ids"
@@ -130,8 +160,7 @@ def open_teacher(
     """
     folder = Path(str(args.store.path))
     record = read_record(folder)
-    if name not in record["teachers"]:
-        raise ValueError(f"{folder} holds the teachers {', '.join(record['teachers'])}, not '{name}'.")
+    check_holds(folder, record, name)
     for key in ("bits", "form"):
         asked = getattr(args.store, key)
         if asked is not None and asked != record[key]:
