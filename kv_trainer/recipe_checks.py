@@ -71,9 +71,8 @@ def check_store(recipe: Recipe, tree: Node) -> None:
 def check_templates(recipe: Recipe, tree: Node) -> None:
     """Braces that are no template would be told of once all is loaded, without the line."""
     data = recipe.args.data
-    templates = {(name,): getattr(data, name) for name in ("prompt", "response", "answer", "task")}
-    templates |= {("teacher_text", name): template for name, template in data.teacher_text.items()}
-    for keys, template in templates.items():
+    templates = [((name,), getattr(data, name)) for name in ("prompt", "response", "answer", "task")]
+    for keys, template in [*templates, *((("teacher_text", name), x) for name, x in data.teacher_text.items())]:
         try:
             columns = [column for _, column, _, _ in Formatter().parse(template or "")]
             wrong = "{} names no column" if "" in columns else None
