@@ -102,14 +102,14 @@ def resolve_student(
     """The student's model, and how it reads rows."""
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if isinstance(config, StudentConfig):
+        if isinstance(tokenizer, Reader) and config.chat and config.chat != tokenizer.chat:
+            raise ValueError(f"The student's chat is {config.chat}, but its Reader says {tokenizer.chat}; say it once.")
         with naming("student", config.model or config.config):
             read = tokenizer or load_tokenizer(config)
+            reader = read if isinstance(read, Reader) else Reader(read, config.chat)
             loaded = load_student(config)
-            tokenizer = read.tokenizer if isinstance(read, Reader) else read
-            check_vocabulary("", loaded.config.get_text_config(), tokenizer)
-        if isinstance(read, Reader) and config.chat and config.chat != read.chat:
-            raise ValueError(f"The student's chat is {config.chat}, but its Reader says {read.chat}; say it once.")
-        return loaded, read if isinstance(read, Reader) else Reader(read, config.chat)
+            check_vocabulary("", loaded.config.get_text_config(), reader.tokenizer)
+        return loaded, reader
     if isinstance(config, ModelConfig):
         raise ValueError(f"The student is a {type(config).__name__}; give a name, a StudentConfig or a model.")
     if tokenizer is None:
