@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from .chat import CLOSE
+
 MONEY = r"(?:\\?[$€£¥]|(?<!\w)(?:USD|EUR|GBP)\b)"
 # Thousands are parted by commas throughout, or not at all.
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+(?!\w))?"
 FRACTION = r"\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
 # No sign behind a word, a digit or a bracket, nor before a blank: '5-3' and '5 - 3' hold no -3. Nor is the end of a
 # word or of a version a number of its own: not the 2 of 'H2O', not the 3 of '1.2.3'.
@@ -41,6 +43,11 @@ UNWRAPPED = (
     (re.compile(r"\\[!,; ]"), " "),
     (re.compile(r"\\%"), "%"),
 )
+
+
+def concluded(text: str) -> str:
+    """What stands behind the reasoning that the text marks as such: an answer is not what was thought on the way."""
+    return text.rpartition(CLOSE)[2]
 
 
 def gsm8k(text: str) -> str | None:

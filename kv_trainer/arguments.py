@@ -213,8 +213,8 @@ class EvaluationConfig:
     answer_pattern: str = field(
         default=r"####\s*(.+)",
         metadata={
-            "help": "gsm8k ('#### x'), boxed, last_number, auto (the first of these that finds something), or a "
-            "regular expression: group 1 of its last match is the answer."
+            "help": "gsm8k ('#### x'), boxed, last_number, auto (the first of these that finds something), "
+            "behind </think> where there is one; or a regular expression: group 1 of its last match is the answer."
         },
     )
     do_sample: bool = field(default=False, metadata={"help": "Sampled answers instead of greedy ones."})

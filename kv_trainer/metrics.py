@@ -10,14 +10,15 @@ from typing import Any
 import datasets
 import evaluate
 
-from .answers import IN_REFERENCES, RULES, plain
+from .answers import IN_REFERENCES, RULES, concluded, plain
 
 MACRO = "accuracy_macro"  # the mean over tasks
-NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")
+NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]+))?(?:[eE]([-+]?[0-9]{1,3}))?")
 
 
 def normalize_answer(answer: str | None) -> str:
-    """One spelling for equal answers: '1,280.0.' -> '1280', '+.50' -> '0.5', ' Yes. ' -> 'Yes', None -> ''.
+    """One spelling for equal answers: '1,280.0.' -> '1280', '+.50' -> '0.5', '5e-1' -> '0.5', ' Yes. ' -> 'Yes',
+    None -> ''.
 
     Only an answer that is a number as a whole is rewritten; a comma that does not part thousands ('1,28') stays.
     """
@@ -26,15 +27,25 @@ def normalize_answer(answer: str | None) -> str:
     if not number or not (number[2] or number[3]):
         return text
     # By text, not float or Decimal: those would round long numbers and call unequal ones equal.
-    whole = number[2].replace(",", "").lstrip("0") or "0"
-    fraction = (number[3] or "").rstrip("0")
+    whole, fraction = _shifted(number[2].replace(",", ""), number[3] or "", int(number[4] or 0))
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     sign = "-" if number[1] == "-" and (whole, fraction) != ("0", "") else ""
     return sign + whole + (f".{fraction}" if fraction else "")
+
+
+def _shifted(whole: str, fraction: str, exponent: int) -> tuple[str, str]:
+    """The digits on both sides of the point, moved by so many places: to the right for more than 0."""
+    if exponent < 0:
+        fraction, whole = _shifted(fraction[::-1], whole[::-1], -exponent)
+        return whole[::-1], fraction[::-1]
+    fraction = fraction.ljust(exponent, "0")
+    return whole + fraction[:exponent], fraction[exponent:]
 
 
 def reference_answer(text: str, pattern: str) -> str:
     """A reference as `extract_answer` would give it: what is found in it, else (normalised) the whole of it."""
     if pattern in RULES:
+        text = concluded(text)
         return normalize_answer(IN_REFERENCES[pattern](text) or plain(text))
     return extract_answer(text, pattern) or normalize_answer(text)
 
@@ -42,11 +53,11 @@ def reference_answer(text: str, pattern: str) -> str:
 def extract_answer(text: str, pattern: str) -> str | None:
     """The answer in a text, normalised; None where there is none (or only blanks).
 
-    pattern: the name of a rule of answers.py (gsm8k, boxed, last_number, auto), or a regular expression, group 1 of
-    whose last match is the answer. Raises ValueError if the expression has no group.
+    pattern: the name of a rule of answers.py (gsm8k, boxed, last_number, auto), which looks behind </think> alone, or
+    a regular expression, group 1 of whose last match is the answer. Raises ValueError if the expression has no group.
     """
     if pattern in RULES:
-        return normalize_answer(RULES[pattern](text)) or None
+        return normalize_answer(RULES[pattern](concluded(text))) or None
     compiled = re.compile(pattern)
     if not compiled.groups:
         raise ValueError(f"answer_pattern {pattern!r} has no group; put the answer in parentheses, as in '#### (.+)'.")

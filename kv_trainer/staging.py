@@ -86,7 +86,7 @@ def recipe_without_paths(text: str) -> str:
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
+            return {walk(key): walk(item) for key, item in value.items()}
         if isinstance(value, list):
             return [walk(item) for item in value]
         return shortened(value) if isinstance(value, str) else value
@@ -95,11 +95,11 @@ def recipe_without_paths(text: str) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in the values of a JSON tree."""
+    """Every string of a JSON tree, its keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from strings(item)
 
 
@@ -111,6 +111,7 @@ def shortened(value: str) -> str:
     home = str(Path.home())
     user = {Path.home().name, os.environ.get("USER"), os.environ.get("LOGNAME")}
     if "{" not in value and "\n" not in value:  # else a template
+        value = value.removeprefix("file://")
         posix = PurePosixPath(value)
         away = value.startswith("~/") or posix.parts[:1] == ("..",)
         away = away or (any(part in user for part in posix.parts[:-1]) and Path(value).exists())  # else a hub name

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,13 @@ def test_unlike_answers_stay_unlike(unlike: tuple[str, str]) -> None:
 def test_numbers_of_any_length_compare_exactly(a: int, b: int) -> None:
     assert normalize_answer(f"{a:,}") == normalize_answer(f"{a}.0")
     assert (normalize_answer(str(a)) == normalize_answer(f"{b:,}.")) == (a == b)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(-12, 12))
+def test_powers_of_ten_are_written_out(digits: int, places: int, exponent: int) -> None:
+    number = Decimal(digits).scaleb(-places)
+    assert normalize_answer(f"-{number:f}e{exponent}") == normalize_answer(f"-{number.scaleb(exponent):f}")
+    assert normalize_answer("1e1000") == "1e1000"  # a thousand digits that nobody wrote
 
 
 def test_exact_answer_counts_by_task_and_takes_no_answer_as_wrong() -> None:
