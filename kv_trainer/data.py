@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from torch import Tensor
 
 from .arguments import DataConfig, TimeAlignment
 from .examples import Example, NoValue, example_of, filled, shown, teacher_example
 from .positions import align_rows
+from .row_checks import check_teacher_text, warn_of_dates, warn_of_roles, worth_learning
 from .text import IGNORED, Encoded, Reader, encode
 
 logger = logging.getLogger(__name__)
 EVALUATED = ("prompt_ids", "task", "answer")  # columns that evaluation needs beside ids and labels
 SEGMENTED = ("segment_aware", "rkv")  # time methods for which rows carry the segment of every position
-LOW = (
-    "Only %.0f%% of the student's positions are aligned with teacher %s: check that both read the same text (chat, "
-    "data.max_length); for texts that differ set alignment.time.method to segment_aware."
-)
-UNANSWERED = (
-    "%d of %d rows lack the first token of their answer: it is empty, or data.max_length cuts it off. They teach what "
-    "is left of them; filter them out, or raise data.max_length, if that is not meant."
-)
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ALIGNED = ("positions.py", "alignment/tokens.py", "alignment/time.py")
-SOURCES = ("data.py", "examples.py", "text.py", "chat.py", *ALIGNED)  # they encode a row
+SOURCES = ("data.py", "row_checks.py", "examples.py", "text.py", "chat.py", *ALIGNED)  # they encode a row
 
 
 def digest_of(folder: Path) -> str:
@@ -91,9 +81,9 @@ def encode_rows(
     where rows have one), and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and `<teacher>/supervised`;
     plus those of `keep`, for evaluation EVALUATED, where task is the text and labels are on completions alone. index
     is of ints under time `same_text` and `truncate`, of floats else. `segment_aware` and `rkv` add segments and
-    `<teacher>/segments`, and `rkv` adds
-    `<teacher>/rank`: for a student position whose reasoning differs, of which of the teacher's selected reasoning
-    positions, in time order, it is taught the keys and values; -1 elsewhere. The longest rank + 1 is the row's budget.
+    `<teacher>/segments`, and `rkv` adds `<teacher>/rank`: for a student position whose reasoning differs, of which of
+    the teacher's selected reasoning positions, in time order, it is taught the keys and values; -1 elsewhere. The
+    longest rank + 1 is the row's budget.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
@@ -155,71 +145,6 @@ def encode_rows(
     return supervised if "task" in keep else number_tasks(supervised)
 
 
-def worth_learning(encoded: Dataset, teachers: Sequence[str], options: dict[str, Any]) -> Dataset:
-    """Encoded rows with something to learn, and a word about rows that are cut. ValueError if none is left.
-
-    options: of datasets.Dataset.filter.
-    """
-    # The first label is no next token of anything.
-    supervised = encoded.filter(lambda labels: any(x != IGNORED for x in labels[1:]), input_columns="labels", **options)
-    if len(supervised) < len(encoded):
-        without = len(encoded) - len(supervised)
-        logger.warning("%d of %d rows have no supervised token and are left out.", without, len(encoded))
-    if not len(supervised):
-        raise ValueError("No row has a supervised token: completions are empty, or data.max_length cuts them all off.")
-    answered = supervised.filter(
-        lambda at, labels: at >= 0 or labels[0] != IGNORED, input_columns=["answer_position", "labels"], **options
-    )
-    if len(answered) < len(supervised):
-        logger.warning(UNANSWERED, len(supervised) - len(answered), len(supervised))
-    for name in teachers:
-        share = aligned_share(supervised, name)
-        if share < 0.5:
-            logger.warning(LOW, 100 * share, name)
-    return supervised
-
-
-def warn_of_roles(rows: Dataset, readers: Mapping[str, Reader], config: DataConfig) -> None:
-    """Conversations that a model with a chat template reads as plain text: their roles are lost."""
-    first = rows[0] if len(rows) and config.response is None else {}
-    if not any(isinstance(first.get(column), list) for column in ("messages", "prompt", "completion")):
-        return
-    if plain := [name for name, reader in readers.items() if reader.tokenizer.chat_template and not reader.chat]:
-        logger.warning(
-            "Rows are conversations, but %s, which has a chat template, reads them as one plain text without roles; "
-            "set %s to read them as a chat.", " and ".join(plain), ", ".join(f"{name}.chat: true" for name in plain),
-        )  # fmt: skip
-
-
-def warn_of_dates(readers: Mapping[str, Reader]) -> None:
-    """Chat templates that write today's date: another day's rows are others, and no store has them."""
-    for name, reader in readers.items():
-        if (
-            reader.chat
-            and "strftime_now" in str(reader.tokenizer.chat_template)
-            and "date_string" not in reader.options
-        ):
-            logger.warning(
-                "The chat template of %s writes today's date, so a row is another one tomorrow. Fix it, where the "
-                "template takes one: %s.chat: {date_string: 26 Jul 2024}.", name, name,
-            )  # fmt: skip
-
-
-def check_teacher_text(config: DataConfig, teachers: Mapping[str, Reader], time: TimeAlignment) -> None:
-    """A text of its own is for a teacher that exists (evaluation has none), and wants an alignment of its own."""
-    if not teachers:
-        return
-    for name in config.teacher_text:
-        if name not in teachers:
-            raise ValueError(f"data.teacher_text names a teacher '{name}', but the teachers are {', '.join(teachers)}.")
-        if time.method == "same_text":
-            logger.warning(
-                "data.teacher_text gives teacher %s a completion of its own, of which alignment.time.method same_text "
-                "aligns nothing; set alignment.time.method to segment_aware.",
-                name,
-            )
-
-
 def number_tasks(rows: Dataset) -> Dataset:
     """The column `task` as numbers into its sorted names; without it where no row has one."""
     if "task" not in rows.column_names or isinstance(rows.features["task"], ClassLabel):
@@ -233,84 +158,3 @@ def task_names(rows: Dataset) -> tuple[str, ...]:
     """The names behind the numbers in the column `task` of encoded rows, in order; empty where they have none."""
     feature = rows.features.get("task")
     return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-
-
-def aligned_share(encoded: Dataset, teacher: str, rows: int = 200) -> float:
-    """Share of student positions that have a teacher position, or will be given one, over the first rows."""
-    first = encoded.select(range(min(rows, len(encoded))))
-    columns = [c for c in (f"{teacher}/index", f"{teacher}/rank") if c in encoded.column_names]
-    found = [max(at) for row in zip(*(first[c] for c in columns)) for at in zip(*row)]
-    return sum(at >= 0 for at in found) / max(1, len(found))
-
-
-Reads = Callable[[list[list[int]], int], dict[str, Tensor]]
-
-
-@dataclass
-class KVCollator:
-    """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; those and index [B, T] a teacher.
-
-    Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
-    segments [B, S] and rank [B, T]; where the teacher reads some of the rows alike, `distinct` and `again`, see
-    `repetitions`. index is long, or float where it lies between positions; all are padded with -1.
-    pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
-    a stored teacher the column of tokens by which its rows are found, and what reads them; found under `stored`.
-    """
-
-    pad_token_id: int
-    teacher_pad_ids: Mapping[str, int]
-    stores: Mapping[str, tuple[str, Reads]] = field(default_factory=dict)
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
-        for name in ("row", "answer_position", "task"):
-            if name in rows[0] and not isinstance(rows[0][name], str):  # evaluation rows have the task's name
-                batch[name] = torch.tensor([-1 if row[name] is None else row[name] for row in rows])
-        batch.update(positions(rows, "", ("segments",)))
-        batch["teachers"] = {
-            name: {
-                **text_batch(rows, f"{name}/", pad),
-                **positions(rows, f"{name}/", ("index", "segments", "rank")),
-                "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
-                **({} if name in self.stores else repetitions(rows, f"{name}/")),
-            }
-            for name, pad in self.teacher_pad_ids.items()
-            if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
-        }
-        for name, (column, read) in self.stores.items():
-            if name in batch["teachers"]:
-                ids = [row[column] for row in rows]
-                batch["teachers"][name]["stored"] = read(ids, max(map(len, ids)))
-        return batch
-
-
-def repetitions(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Tensor]:
-    """distinct: [b], the first sample of each text; again: [B], which of these each sample is. Empty if all differ."""
-    read = [f"{prefix}{name}" for name in ("input_ids", "labels", "segments", "supervised")]
-    texts = [tuple(tuple(x) if isinstance(x := row.get(name), list) else x for name in read) for row in rows]
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    if len(number) == len(rows):
-        return {}
-    again = [number[text] for text in texts]
-    return {"distinct": torch.tensor([again.index(i) for i in range(len(number))]), "again": torch.tensor(again)}
-
-
-def positions(rows: Sequence[Mapping[str, Any]], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of the columns that the rows have, padded with -1."""
-    return {n: padded([row[prefix + n] for row in rows], -1) for n in names if prefix + n in rows[0]}
-
-
-def text_batch(rows: Sequence[Mapping[str, Any]], prefix: str, pad: int) -> dict[str, Tensor]:
-    ids = [row[f"{prefix}input_ids"] for row in rows]
-    return {
-        "input_ids": padded(ids, pad),
-        "attention_mask": padded([[1] * len(x) for x in ids], 0),
-        "labels": padded([row[f"{prefix}labels"] for row in rows], IGNORED),
-    }
-
-
-def padded(rows: Sequence[Sequence[int | float]], value: int) -> Tensor:
-    """[B, longest] tensor, long or, where a row holds floats, float32."""
-    longest = max(map(len, rows))
-    dtype = torch.float32 if any(isinstance(x, float) for row in rows for x in row[:1]) else torch.long
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=dtype)

@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from .arguments import DataConfig, MultiTeacherKVConfig
-from .data import EVALUATED, KVCollator, Reader, encode_rows
+from .collator import KVCollator
+from .data import EVALUATED, Reader, encode_rows
 from .evaluation import check_prompts
 from .store.teacher import StoredTeacher
 

@@ -23,7 +23,7 @@ from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, Metr
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments
-from .data import Reader, aligned_share, task_names
+from .data import Reader, task_names
 from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
 from .facts import recipe_of
@@ -47,6 +47,7 @@ from .resolve import (
     resolve_teachers,
 )
 from .routing import RoutingLog
+from .row_checks import aligned_share
 from .teachers import Teacher
 from .text import turn_end
 

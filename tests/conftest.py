@@ -41,3 +41,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def tiny_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """``tiny_tokenizer(merges=40, bos=False, chat_template=None)``, see helpers_models.build_tokenizer."""
     return build_tokenizer
+
+
+@pytest.fixture
+def plain(tiny_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """A tokenizer without a start token and without a chat template."""
+    return tiny_tokenizer()

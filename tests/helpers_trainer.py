@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kv_trainer.arguments import DataConfig, EvaluationConfig, MultiTeacherKVConfig
-from kv_trainer.data import IGNORED, KVCollator, Reader, encode_rows
+from kv_trainer.collator import KVCollator
+from kv_trainer.data import IGNORED, Reader, encode_rows
 from kv_trainer.losses import CrossEntropy, DistillationLoss
 from kv_trainer.trainer import MultiTeacherKVTrainer
 

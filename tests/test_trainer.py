@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from kv_trainer import data
+from kv_trainer import collator
 from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig, StudentConfig, TeacherConfig
 from kv_trainer.calibration import typical
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.checks import check_arguments
-from kv_trainer.data import Reader, encode_rows, text_batch
+from kv_trainer.collator import text_batch
+from kv_trainer.data import Reader, encode_rows
 from kv_trainer.fusion import Confidence, Fusion, Uniform
 from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
 from kv_trainer.model_checks import tokens_of_text
@@ -306,7 +307,7 @@ def test_rows_that_a_teacher_reads_alike_are_read_once(world, tmp_path: Path, mo
     read: list[int] = []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(data, "repetitions", lambda rows, prefix: {})
+            monkeypatch.setattr(collator, "repetitions", lambda rows, prefix: {})
         options = {"rows": rows, "fusion": fusion, "per_device_train_batch_size": 8, "max_steps": 1}
         trainer = world.trainer(tmp_path / str(apart), losses, projector=ProjectorConfig(dropout=0.0), **options)
         seen: list[int] = []
