@@ -402,3 +402,8 @@ class Recipe:
     def weights(self) -> dict[str, float]:
         """Each teacher's own fusion weight."""
         return {name: teacher.weight for name, teacher in self.teachers.items()}
+
+    @property
+    def stored(self) -> list[str]:
+        """The teachers that are taken from a store."""
+        return [name for name, teacher in self.teachers.items() if teacher.source == "store"]

@@ -43,9 +43,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def validate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check every recipe, also after one has failed: an `ok` line or an error each."""
+    from .blueprint import check_models
     from .checks import check_wrong, doubtful, ignored
     from .experiments.experiment import is_experiment
-    from .model_checks import check_models
 
     failed = False
     for path in options.recipes:

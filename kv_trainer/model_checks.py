@@ -1,63 +1,22 @@
-"""What can be told of a recipe's models without their weights: from configs and tokenizers."""
+"""What configs and tokenizers tell of models without their weights."""
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .arguments import ModelConfig, Recipe
+from .arguments import ModelConfig
 
 # Families, of those that can be captured, with a table of positions.
 LEARNED_POSITIONS = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt")
 
 
-def check_models(recipe: Recipe) -> list[str]:
-    """What the configs and tokenizers that are on this machine tell without weights. ValueError names what to change.
-
-    No code of a model is run, whatever the recipe says, for it may be a stranger's, and the Hub is not asked. Returns
-    what was left out for either, and what a run will need that is not here yet.
-    """
-    from .blueprint import check_build
-
-    skipped, configs = [], {}
-    for where, model in recipe.models.items():
-        if model.trust_remote_code:
-            skipped.append(f"{where} is not checked: it has trust_remote_code, and no code of a model is run here.")
-            continue
-        place = f"{where} of {recipe.path}"
-        tokenizer = check_tokenizer(model, place)
-        shape = model.model or getattr(model, "config", None)
-        if not shape or not is_here(shape, "config.json", model.revision):
-            skipped.append(f"{where} is not checked: {shape} is not on this machine yet.")
-            continue
-        if is_adapter(shape):
-            skipped.append(f"{where} is not checked: {shape} holds adapters, whose base is known once they are loaded.")
-            continue
-        config = AutoConfig.from_pretrained(shape, trust_remote_code=False, **offline(shape, model.revision))
-        text = config.get_text_config()
-        if tokenizer is not None:
-            check_vocabulary(f"{place}: ", text, tokenizer)
-        check_length(place, text, recipe.args.data.max_length)
-        configs[where] = config
-        if getattr(model, "quantization", None) and find_spec("bitsandbytes") is None:
-            skipped.append(f"{where}.quantization needs bitsandbytes, which is not here: pip install bitsandbytes.")
-    return skipped + check_build(recipe, configs)
-
-
 def is_here(name: str, file: str, revision: str | None) -> bool:
     """Whether a model is a folder, or its `file` has been fetched from the Hub before."""
     return os.path.exists(name) or isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-
-
-def is_adapter(folder: str) -> bool:
-    """Whether a folder holds adapters without their base."""
-    adapters, whole = (os.path.exists(os.path.join(folder, name)) for name in (ADAPTER_CONFIG_NAME, "config.json"))
-    return adapters and not whole
 
 
 def offline(name: str, revision: str | None) -> dict[str, Any]:

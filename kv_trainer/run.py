@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from . import report
 from .adapters import load_trained
 from .arguments import EarlyStoppingConfig, Recipe
+from .blueprint import check_places
 from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
@@ -33,7 +34,6 @@ from .trainer import MultiTeacherKVTrainer
 
 logger = logging.getLogger(__name__)
 
-READ = ("model", "config", "tokenizer")
 PREDICTIONS, RESULTS = "predictions.jsonl", "all_results.json"
 
 
@@ -57,18 +57,6 @@ def side_job(recipe: Recipe) -> Recipe:
     args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = IntervalStrategy.NO, False, False
     args.early_stopping = EarlyStoppingConfig()
     return replace(recipe, args=args)
-
-
-def check_places(recipe: Recipe) -> None:
-    """ValueError if what is trained would be written over a model, or rows, that the recipe reads."""
-    read = {f"{where}.{key}": getattr(model, key, None) for where, model in recipe.models.items() for key in READ}
-    folder = Path(str(recipe.args.output_dir)).resolve()
-    for where, place in {**read, "data.path": recipe.args.data.path}.items():
-        if place and Path(place).exists() and Path(place).resolve() == folder:
-            raise ValueError(
-                f"training.output_dir is {recipe.args.output_dir}, which {where} is read from and would be "
-                "overwritten; give another folder."
-            )
 
 
 def check_folder(folder: Path, asked: str) -> None:

@@ -15,9 +15,17 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 from transformers.integrations import unset_hf_deepspeed_config
 
+from kv_trainer.capture import kv_shape
 from kv_trainer.cli import main, split_overrides
 from kv_trainer.version import __version__
 
@@ -154,8 +162,9 @@ def test_validate_of_a_recipe_for_zero_3_starts_no_engine(capsys: pytest.Capture
     ("place", "section"), [("student", "student.config"), ("teacher", "teachers.math.model")]
 )
 def test_nothing_is_trained_over_what_is_read(capsys: pytest.CaptureFixture[str], place: str, section: str) -> None:
-    code, _, err = run(capsys, "train", "r.yaml", "--training.output_dir", place, "--training.use_cpu", "true")
-    assert code == 2 and f"training.output_dir is {place}, which {section}" in err and "would be overwritten" in err
+    for command in ("train", "validate"):
+        code, _, err = run(capsys, command, "r.yaml", "--training.output_dir", place, "--training.use_cpu", "true")
+        assert code == 2 and f"training.output_dir is {place}, which {section}" in err and "would be overwritten" in err
 
 
 def test_a_teacher_that_is_a_folder_of_adapters_is_passed_by(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +223,23 @@ def test_a_store_is_looked_for(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     record = {"format": 2, "teachers": {"maths": {"importance": False, "scores": False}}}
     (tmp_path / "stored/store.json").write_text(json.dumps(record))
     code, _, err = run(capsys, *stored)
-    assert code == 2 and "stored holds the teachers maths, not 'math'" in err
+    assert code == 2 and "r.yaml: stored holds the teachers maths, not 'math'" in err
+
+
+def test_a_stored_teacher_need_not_be_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stored = ["validate", "r.yaml", "--teachers.math.source=store", "--store.path=stored"]
+    stored += ["--teachers.math.model=org/elsewhere"]
+    (tmp_path / "stored").mkdir()
+    shape = dataclasses.asdict(kv_shape(LlamaForCausalLM(LlamaConfig.from_pretrained("student"))))
+    teacher = {"importance": False, "scores": False, "shape": shape}
+    record = {"format": 2, "form": "aligned", "teachers": {"math": teacher}}
+    (tmp_path / "stored/store.json").write_text(json.dumps(record))
+    code, out, err = run(capsys, *stored)
+    assert code == 0 and err == "" and out.startswith("ok r.yaml")
+    code, _, err = run(capsys, *stored, "--losses.logit_kd.weight=1")
+    assert code == 2 and "r.yaml: The store of teacher 'math' has no logits, which this recipe needs" in err
+    code, _, err = run(capsys, *stored, "--losses.kv_relation.layers=[0, 3]")
+    assert code == 2 and "r.yaml: losses.kv_relation.layers" in err
 
 
 def test_a_tokenizer_larger_than_its_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,9 @@ from itertools import combinations
 from typing import Any
 
 from ..arguments import Recipe
+from ..blueprint import check_models
 from ..checks import check_wrong, ignored
 from ..manifest import differences
-from ..model_checks import check_models
 from ..recipes import settings_of
 from .experiment import Experiment, load_experiment, names_in
 from .jobs import Job

@@ -34,8 +34,7 @@ class StoredTeacher:
         told = record["teachers"][name]
         self.name, self.told, self.reader, self.weight = name, told, reader, weight
         self.raw = record["form"] == "raw"
-        numbers = tuple(told["shape"]["kv_layers"])
-        self.shape = KVShape(**{**told["shape"], "kv_layers": numbers, "aligned": not self.raw})
+        self.shape = shape_in(record, name)
         self.column = column_of(name, record["form"])
         self.aligned_share: float | None = None if self.raw else told["aligned_share"]
         self.store = StoreReader(folder, [s for s in record["shards"] if s.startswith(f"{name}/")])
@@ -91,6 +90,23 @@ class StoredTeacher:
         return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
 
 
+def shape_in(record: Mapping[str, Any], name: str) -> KVShape:
+    """A stored teacher as the bridge sees it."""
+    told = record["teachers"][name]["shape"]
+    return KVShape(**{**told, "kv_layers": tuple(told["kv_layers"]), "aligned": record["form"] != "raw"})
+
+
+def stored_shapes(names: Sequence[str], config: StoreConfig) -> dict[str, KVShape]:
+    """These teachers, once there is a store. ValueError if it has not all of them."""
+    folder = Path(str(config.path))
+    if not names or not (folder / RECORD).exists():
+        return {}
+    record = read_record(folder)
+    for name in names:
+        check_holds(folder, record, name)
+    return {name: shape_in(record, name) for name in names}
+
+
 def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds) -> None:
     """ValueError for what the losses and the fusion ask of a teacher and its store does not have.
 
@@ -113,7 +129,7 @@ def check_holds(folder: Path, record: Mapping[str, Any], name: str) -> None:
 
 
 def check_stored(names: Sequence[str], config: StoreConfig, needs: TeacherNeeds) -> list[str]:
-    """As far as it can be told before anything is loaded, whether a store has these teachers, and what is needed.
+    """ValueError if a store has not, or will not have, what is needed of these teachers.
 
     Returns a word about a store that is not there yet.
     """
@@ -124,7 +140,6 @@ def check_stored(names: Sequence[str], config: StoreConfig, needs: TeacherNeeds)
     expected = {"teachers": dict.fromkeys(names, {"importance": True, "scores": True})}
     known = read_record(folder) if there else expected
     for name in names:
-        check_holds(folder, known, name)
         check_has(name, known["teachers"][name], needs)
     return [] if there else [f"store.path {folder} holds no store yet: kv-trainer precompute makes it."]
 
