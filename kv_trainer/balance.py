@@ -43,18 +43,20 @@ def check_reference(losses: Mapping[str, DistillationLoss], watched: int = 0) ->
 
 
 def gradient_norms(
-    terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], mean_over_ranks: Reduce
+    terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], mean_over_ranks: Reduce, scale: float = 1.0
 ) -> dict[str, Tensor]:
     """Norm of each raw term's gradient in the parameters, a scalar tensor each; the graph stays whole.
 
-    With several ranks, the root of the mean square over them.
+    With several ranks, the root of the mean square over them. scale: what the terms are multiplied by on the way, so
+    that float16 does not round small gradients to 0.
     """
     norms = {}
     for name, term in terms.items():
         square = torch.zeros((), device=term.device)
         if term.requires_grad:
-            found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            square = torch.stack([g.float().square().sum() for g in found if g is not None] or [square]).sum()
+            found = torch.autograd.grad(term * scale, parameters, retain_graph=True, allow_unused=True)
+            parts = [(g.float() / scale).square().sum() for g in found if g is not None]
+            square = torch.stack(parts or [square]).sum()
         norms[name] = mean_over_ranks(square).sqrt()
     return norms
 
@@ -89,19 +91,22 @@ class Balance(nn.Module):
                 continue
             index = self.names.index(name)
             wanted = share.gradient_share * reference * norms[REFERENCE] / norms[name].clamp_min(1e-20)
-            # A term without any gradient now, as one that is annealed in later, keeps its weight.
-            wanted = torch.where(norms[name] > 0, wanted, self.weights[index]).clamp(1e-6, 1e6)
+            # A term without any gradient now, as one that is annealed in later, keeps its weight; and one whose
+            # gradient float16 could not hold, until the scale of the losses has come down.
+            told = (norms[name] > 0) & norms[name].isfinite() & norms[REFERENCE].isfinite()
+            wanted = torch.where(told, wanted, self.weights[index]).clamp(1e-6, 1e6)
             mixed = self.weights[index] ** share.smoothing * wanted ** (1 - share.smoothing)
             self.weights[index] = torch.where(self.measured[index] > 0, mixed, wanted)
-            self.measured[index] = torch.maximum(self.measured[index], (norms[name] > 0).float())
+            self.measured[index] = torch.maximum(self.measured[index], told.float())
 
 
 def loss_scales(bridge: KVBridge, norms: Mapping[str, Tensor], progress: float) -> dict[str, float]:
     """For the logs: `gradient_share_<loss>`, each weighted term's gradient norm over the cross-entropy's.
 
-    Warns of one beyond LIMIT: it swamps the text.
+    Warns of one beyond LIMIT: it swamps the text. Without those that float16 could not hold.
     """
-    weighted = {n: bridge.weight_now(n, progress) * float(norms[n]) for n in bridge.losses}
+    known = [n for n in bridge.losses if norms[n].isfinite()]
+    weighted = {n: bridge.weight_now(n, progress) * float(norms[n]) for n in known}
     reference = weighted.get(REFERENCE) or 0.0
     if not reference:
         return {}

@@ -14,6 +14,14 @@ from .losses import LayerwiseLoss
 from .routing import RoutingLog
 
 
+def loss_scale(accelerator: Accelerator) -> float:
+    """What a run in float16 multiplies its loss by now; 1 for any other."""
+    if accelerator.scaler is not None:
+        return accelerator.scaler.get_scale()
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return float(getattr(wrapped.engine.optimizer, "cur_scale", 1.0)) if wrapped is not None else 1.0
+
+
 class StepMonitor:
     """Sums since the last log, kept on the device; read, over all ranks, when something is logged.
 
@@ -62,7 +70,7 @@ class StepMonitor:
 
         def found(terms: Mapping[str, Tensor]) -> None:
             parameters = [p for n, p in model.named_parameters() if p.requires_grad and f"{NAME}." not in n]
-            norms = gradient_norms(terms, parameters, lambda x: accelerator.reduce(x, "mean"))
+            norms = gradient_norms(terms, parameters, lambda x: accelerator.reduce(x, "mean"), loss_scale(accelerator))
             reference = self.bridge.losses.get(REFERENCE)
             self.bridge.balance.follow(norms, reference.weight_at(progress) if reference else 1.0, step)
             if watched:

@@ -42,6 +42,30 @@ def test_norms_are_those_of_separate_backward_passes() -> None:
     assert found["c"] == 0
 
 
+def test_float16_rounds_no_small_gradient_to_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+
+    def norm(dtype: torch.dtype, scale: float) -> float:
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            terms = {"a": model(x).float().mean() * 1e-7}
+        return float(gradient_norms(terms, list(model.parameters()), lambda t: t, scale)["a"])
+
+    assert norm(torch.float16, 1.0) == 0
+    assert norm(torch.float16, 2.0**16) == pytest.approx(norm(torch.float32, 1.0), rel=1e-2)
+
+
+@pytest.mark.parametrize("broken", ["cross_entropy", "kv_relation"])
+def test_a_gradient_that_overflows_moves_no_weight(broken: str) -> None:
+    balance = Balance(losses(0.5, every=1))
+    for value in (float("inf"), float("nan")):
+        norms = {"cross_entropy": torch.tensor(2.0), "kv_relation": torch.tensor(0.1), broken: torch.tensor(value)}
+        balance.follow(norms, 1.0, 0)
+        assert float(balance.of("kv_relation")) == 1.0
+    balance.follow({"cross_entropy": torch.tensor(2.0), "kv_relation": torch.tensor(0.1)}, 1.0, 1)
+    assert float(balance.of("kv_relation")) == pytest.approx(10.0), "the first that is told is taken whole"
+
+
 def test_the_first_measure_is_taken_whole_and_later_ones_are_smoothed() -> None:
     balance = Balance(losses(0.5, every=4, smoothing=0.75))
     norms = {"cross_entropy": torch.tensor(2.0), "kv_relation": torch.tensor(0.1)}
