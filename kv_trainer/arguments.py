@@ -1,6 +1,6 @@
 """Every setting a recipe can hold: one dataclass a section, and the TrainingArguments subclass.
 
-What each default was measured against is in docs/results/defaults.md.
+What each default was measured against is in docs/results/defaults/README.md.
 """
 
 from __future__ import annotations

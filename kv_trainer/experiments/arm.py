@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,21 @@ class Recorder(TrainerCallback):
             "teachers": known_weights(self.trainer), "code": CODE,
             "pass_seconds": pass_seconds(self.trainer),
             "selected": bool(args.load_best_model_at_end or args.early_stopping.patience is not None),
-            "threads": os.environ.get("OMP_NUM_THREADS"), "machine": f"{hardware(args)}, Python "
-            f"{platform.python_version()}, {os.cpu_count()} cores",
+            "threads": os.environ.get("OMP_NUM_THREADS"), "cpu": processor_name(),
+            "machine": f"{hardware(args)}, Python {platform.python_version()}, {os.cpu_count()} cores",
             "metrics": {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")},
             "clocks": self.clocks,
         }  # fmt: skip
+
+
+def processor_name() -> str:
+    """The model of the processor, as far as the system tells it."""
+    with suppress(OSError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+        told = {key.strip(): value.strip() for key, _, value in lines}  # of the last core
+        if name := told.get("model name"):
+            return f"{name}, family {told.get('cpu family')}, model {told.get('model')}"
+    return platform.processor()
 
 
 def pass_seconds(trainer: MultiTeacherKVTrainer) -> dict[str, float]:

@@ -88,6 +88,9 @@ class Arm:
     seconds_of: str | None = field(
         default=None, metadata={"help": "As many steps as this arm's seconds allow, at the pace of `like`."}
     )
+    with_store: bool = field(
+        default=False, metadata={"help": "seconds_of: and the seconds that filling the store of its teachers took."}
+    )
     against: str | None = field(default=None, metadata={"help": "Compare it with this arm, not the experiment's."})
     also_against: list[str] = field(
         default_factory=list, metadata={"help": "And with these, where their runs are there."}
@@ -99,6 +102,8 @@ class Arm:
     def __post_init__(self) -> None:
         if self.seconds_of and not self.like:
             raise ValueError("seconds_of needs 'like', the arm whose pace is measured; add like: ARM.")
+        if self.with_store and not self.seconds_of:
+            raise ValueError("with_store has no effect without seconds_of, the arm whose teachers were stored.")
 
 
 @dataclass
@@ -166,6 +171,17 @@ class Experiment:
                 found.pop(key, None)  # at its own place in the order: `teachers: null` clears what came before
                 found[key] = value
         return {**found, **self.quick.overrides} if self.is_quick else found
+
+    def training(self, name: str) -> dict[str, Any]:
+        """What an arm changes of the training section but its length, name -> value."""
+        found: dict[str, Any] = {}
+        for key, value in self.settings(name).items():
+            if key == "training" and isinstance(value, Mapping):
+                found |= value
+            elif key.startswith("training."):
+                found[key.removeprefix("training.")] = value
+        found.pop("max_steps", None)
+        return found
 
     def needed(self, chosen: Sequence[str]) -> list[str]:
         """The chosen arms and those they cannot do without, each after the arms it waits for."""

@@ -132,5 +132,22 @@ def equal_steps(job: Job, records: Mapping[tuple[str, int], Mapping[str, Any]]) 
     arm = job.experiment.arms[job.arm]
     if arm.seconds_of is None:
         return None
-    pace, other = records[str(arm.like), job.seed], records[arm.seconds_of, job.seed]
-    return max(1, round(other["seconds"] / (pace["seconds"] / pace["steps"])))
+    pace, given = records[str(arm.like), job.seed], given_seconds(job.experiment, job.arm, job.seed, records)
+    return max(1, round(given / (pace["seconds"] / pace["steps"])))
+
+
+def given_seconds(
+    experiment: Experiment, name: str, seed: int, records: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> float:
+    """What `seconds_of` gives an arm, and `with_store` what filling the store took that its teachers were read from."""
+    arm = experiment.arms[name]
+    other = records[str(arm.seconds_of), seed]
+    if not arm.with_store:
+        return float(other["seconds"])
+    took = (other.get("pass_seconds") or {}).get(experiment.clock)
+    if not took:
+        raise ValueError(
+            f"arms.{name}.with_store: {arm.seconds_of} read no store, or one whose filling nobody timed; leave it out, "
+            "or precompute the store anew."
+        )
+    return float(other["seconds"]) + float(took)

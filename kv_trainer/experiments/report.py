@@ -31,9 +31,9 @@ CLOCKS = {
 METHOD = (
     "p: two-sided paired t-test over seeds, Holm-corrected over all comparisons of the metric in this report. "
     f"Interval: 95%, over seeds (Student's) and over test items ({RESAMPLES:,} bootstrap resamples), arms paired by "
-    "both, half-widths added in squares; over seeds alone where runs left no predictions. Effect size: Cohen's d of "
-    "the paired differences. Points: percentage points of a share; of another metric, percent of the value compared "
-    "with."
+    "both, half-widths added in squares; over seeds alone where runs left no predictions; each by itself, not "
+    "corrected. Effect size: Cohen's d of the paired differences. Points: percentage points of a share; of another "
+    "metric, percent of the value compared with."
 )
 
 

@@ -16,13 +16,14 @@ from ..evaluation import read_predictions
 from ..metrics import MACRO
 from ..run import PREDICTIONS
 from .experiment import Experiment
-from .fairness import Finding, Records, check_budget
+from .fairness import Finding, Records, check_budget, violations
 from .jobs import Job
 from .shared import TAKEN
 from .statistics import Comparison, bootstrap, compare, interval_over_seeds, lower_is_better, mean
 
 NOT_JUDGED = "not judged"  # of every metric but the first
 CONTROL = "control"  # is no candidate
+NOT_FAIR = "none: not fair"
 
 
 @dataclass
@@ -99,9 +100,15 @@ class Study:
             intervals = partial(self.interval, metric)
             for one in compare(values, self.experiment.pairs(self.arms), metric, self.experiment.verdict, intervals):
                 judged = metric == self.experiment.metrics[0]
-                control = CONTROL if self.experiment.arms[one.arm].control else one.verdict
-                found.append(replace(one, verdict=control if judged else NOT_JUDGED))
+                found.append(replace(one, verdict=self.verdict_of(one) if judged else NOT_JUDGED))
         return found
+
+    def verdict_of(self, one: Comparison) -> str:
+        """By the rule; none of controls, and none of arms that were not given alike."""
+        if self.experiment.arms[one.arm].control:
+            return CONTROL
+        unfair = any(finding.concerns(one.arm, one.against) for finding in violations(self.findings))
+        return NOT_FAIR if unfair else one.verdict
 
     @property
     def judged(self) -> list[Comparison]:
@@ -174,7 +181,8 @@ class Study:
 
 def place_of(record: Mapping[str, Any]) -> str:
     """The machine of a run, and by a hash which version of this package it ran."""
-    return f"{record['machine']}, code {record['code']}" if "code" in record else str(record["machine"])
+    cpu = f", {record['cpu']}" if record.get("cpu") else ""
+    return f"{record['machine']}{cpu}" + (f", code {record['code']}" if "code" in record else "")
 
 
 def gather(runs: list[list[dict[str, Any]]]) -> Items | None:

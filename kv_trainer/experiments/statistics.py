@@ -82,11 +82,14 @@ def cohens_d(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     return float(differences.mean()) / spread if spread > 1e-12 else None
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Corrected p-values: the smallest of m times m, the next times m - 1, ..., never below the one before."""
-    found, highest = [0.0] * len(values), 0.0
+def holm(values: Sequence[float], tests: int | None = None) -> list[float]:
+    """Corrected p-values: the smallest of m times m, the next times m - 1, ..., never below the one before.
+
+    tests: m, where some have no p but were made all the same; default the number of values.
+    """
+    found, highest, number = [0.0] * len(values), 0.0, tests or len(values)
     for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        highest = max(highest, min(1.0, (number - rank) * values[i]))
         found[i] = highest
     return found
 
@@ -164,7 +167,7 @@ def compare(
     """Arms against others. values: arm -> one value a seed; intervals: of the difference of two arms."""
     raw = {(arm, other): paired_p(values[arm], values[other]) for arm, other in pairs}
     known = {pair: p for pair, p in raw.items() if p is not None and math.isfinite(p)}
-    corrected = dict(zip(known, holm(list(known.values())), strict=True))
+    corrected = dict(zip(known, holm(list(known.values()), len(raw)), strict=True))
     found = []
     for pair in raw:
         (arm, other), p = pair, corrected.get(pair)

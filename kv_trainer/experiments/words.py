@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .fairness import share_taken
 from .results import Study
 from .statistics import Comparison, is_share, lower_is_better, mean, std
 
@@ -72,10 +73,11 @@ def steps_of_timed(study: Study) -> list[str]:
         other = study.experiment.arms[name].seconds_of
         if other is not None:
             steps = ", ".join(f"{study.records[name, seed]['steps']:,}" for seed in study.seeds)
-            each = [study.records[name, s]["seconds"] / study.records[other, s]["seconds"] for s in study.seeds]
+            each = [share_taken(study.experiment, name, seed, study.records) for seed in study.seeds]
+            whole = f"{other} and of filling its store," if study.experiment.arms[name].with_store else other
             took = ", ".join(f"{share:.0%}" for share in each)
             lines.append(
-                f"{name} was given the seconds of {other} with the same seed, at the pace of "
+                f"{name} was given the seconds of {whole} with the same seed, at the pace of "
                 f"{study.experiment.arms[name].like}: {steps} steps. It took {took} of them."
             )
     return lines

@@ -17,12 +17,12 @@ from kv_trainer.experiments.compare import print_study
 from kv_trainer.experiments.contribution import Game
 from kv_trainer.experiments.experiment import Unequal, load_experiment
 from kv_trainer.experiments.fairness import agreement, check_budget, violations
-from kv_trainer.experiments.jobs import Job
+from kv_trainer.experiments.jobs import Job, equal_steps, given_seconds
 from kv_trainer.experiments.reach import reached, trailing
 from kv_trainer.experiments.report import write_report
 from kv_trainer.experiments.results import Items, Study, study_of
 from kv_trainer.experiments.statistics import bootstrap
-from kv_trainer.experiments.words import finding_of
+from kv_trainer.experiments.words import finding_of, steps_of_timed
 
 EXPERIMENT = """recipe: r.yaml
 output_dir: out
@@ -148,6 +148,8 @@ def test_what_is_not_fair_is_loud(study: Study, no_pictures: None) -> None:
     told = "supervised tokens differ from those of ce (399 and 400), seed 2"
     assert f"**NOT FAIR: taught: {told}.**" in text and "differ in taught" in text
     assert "| weights of each teacher | not recorded by the version that made the runs |" in text
+    verdicts = {(c.arm, c.against): c.verdict for c in study.judged}
+    assert [verdicts[arm, "ce"] for arm in ("timed", "taught", "control")] == ["none: not fair"] * 2 + ["control"]
     assert "**NOT FAIR: control: 3 evaluation rows have a prompt that is trained on.**" in text
     shown = io.StringIO()
     print_study(Console(file=shown, width=160), study, Path("out/report"))
@@ -192,6 +194,55 @@ def test_every_pair_is_checked_and_an_arm_of_given_seconds_by_the_arm_whose_they
     assert told["evaluation rows"] == "the same in all arms"
 
 
+def test_an_allowance_is_of_the_arm_that_has_it(study: Study) -> None:
+    """A student of another size is compared with one of that size; that one's size excuses no third."""
+    experiment, records, arms = study.experiment, study.records, study.experiment.arms
+    for seed in study.seeds:
+        records["timed", seed]["seconds"] = records["taught", seed]["seconds"]
+        records["control", seed]["initial"] = "small"
+    arms["control"].unequal = Unequal(["initial"], "the size is studied")
+    arms["taught"].against = "control"
+    assert [(f.arm, f.against, f.allowed) for f in study.findings] == [
+        ("taught", "control", "the size is studied"), ("control", "ce", "the size is studied"),
+    ], "taught is as ce, which control is compared with"  # fmt: skip
+    for seed in study.seeds:
+        records["taught", seed]["initial"] = "large"
+    found = violations(check_budget(experiment, study.arms, study.seeds, records))
+    assert [(f.arm, f.against) for f in found] == [("taught", "control")]
+    assert found[0].concerns("taught", "control") and not found[0].concerns("control", "ce")
+
+
+def test_what_was_not_recorded_is_not_the_same(study: Study) -> None:
+    for record in study.records.values():
+        del record["initial"]
+    study.records["ce", 1].pop("order")
+    told = dict(agreement(study.experiment, study.arms, study.seeds, study.findings, study.records))
+    assert told["first weights of the student"] == "not recorded by the version that made the runs"
+    assert told["order of rows"] == "the same in the 8 runs that recorded it"
+    assert told["processor"] == "not recorded by the version that made the runs"
+
+
+def test_other_settings_of_training_are_shown(study: Study) -> None:
+    study.experiment.arms["taught"].set = {"training.learning_rate": 1e-3, "training": {"optim": "sgd", "max_steps": 9}}
+    told = dict(agreement(study.experiment, study.arms, study.seeds, study.findings, study.records))
+    assert told["settings of training"] == "taught and ce differ in learning_rate, optim"
+
+
+def test_a_store_counts_where_its_seconds_are_given_too(study: Study) -> None:
+    arms = study.experiment.arms
+    arms["timed"].with_store = True
+    with pytest.raises(ValueError, match="arms.timed.with_store: taught read no store, or one whose filling nobody"):
+        given_seconds(study.experiment, "timed", 1, study.records)
+    for seed in study.seeds:
+        study.records["taught", seed]["pass_seconds"] = {"wall": 80.0, "processor": 1.0}
+        study.records["timed", seed]["seconds"] = 200.0
+    assert given_seconds(study.experiment, "timed", 1, study.records) == 200.0
+    assert equal_steps(Job(study.experiment, "timed", 1), study.records) == 200
+    assert study.findings == []
+    assert "seconds of taught and of filling its store, with the same" in steps_of_timed(study)[0]
+    assert "It took 100%, 100%, 100% of them." in steps_of_timed(study)[0]
+
+
 def test_where_runs_were_made_is_told(study: Study, no_pictures: None) -> None:
     def made() -> tuple[str, str]:
         told = dict(agreement(study.experiment, study.arms, study.seeds, [], study.records))
@@ -206,6 +257,13 @@ def test_where_runs_were_made_is_told(study: Study, no_pictures: None) -> None:
     study.records["taught", 1]["machine"] = "another"
     assert made()[0] == "differ between runs, see the end"
     assert [f.words for f in study.findings] == ["its seconds are of another machine than those of taught, seed 1"]
+    study.records["taught", 2]["cpu"] = "one"
+    assert len(check_budget(study.experiment, study.arms, study.seeds, study.records)) == 1, "one of them is not known"
+    study.records["timed", 2]["cpu"] = "another"
+    found = check_budget(study.experiment, study.arms, study.seeds, study.records)
+    assert [f.words for f in found] == ["its seconds are of another machine than those of taught, seeds 1, 2"]
+    for arm, seed in (("taught", 2), ("timed", 2)):
+        del study.records[arm, seed]["cpu"]
     write_report(study, Path("out/report"))
     text = Path("out/report/report.md").read_text()
     assert "- another: taught-1\n" in text and "- a machine, code abc: ce-2, timed-2, taught-2, control-2\n" in text
@@ -279,7 +337,7 @@ def test_files_that_changed_between_runs_are_seen(study: Study) -> None:
         for arm in names:
             records[arm, seed]["train_rows"] = "t"
     told = dict(agreement(study.experiment, study.arms, [1], [], records))
-    assert told["weights of each teacher"] == "the same in the 3 runs that recorded them"
+    assert told["weights of each teacher"] == "the same in the 3 runs that recorded it"
     records["control", 3]["teachers"] = {"math": ["big", "w2"]}
     assert [(f.arm, f.words) for f in violations(check_budget(study.experiment, names, study.seeds, records))] == [
         ("control", "the weights of math are not those of taught-1, seed 3")

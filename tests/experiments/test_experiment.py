@@ -85,6 +85,7 @@ def test_equal_seconds_are_steps_at_the_arm_s_own_pace() -> None:
         ("control: true", "controll: true", "Unknown key 'arms.broken.controll' in e.yaml, line 9. Did you mean 'cont"),
         ("seconds_of: full", "seconds_of: ful", "arms.timed.seconds_of in e.yaml, line 7 is 'ful', which is no arm."),
         ("like: ce, ", "", "arms.timed in e.yaml, line 7: seconds_of needs 'like'"),
+        ("seconds_of: full", "with_store: true", "arms.timed in e.yaml, line 7: with_store has no effect without"),
         ("like: ce", "like: timed", "leads back to itself"),
         ("./r.yaml", "./no.yaml", "recipe in e.yaml, line 1 is './no.yaml', which does not exist"),
         ("[1, 2, 3, 4]", "[1, 1]", "seeds is [1, 1]; give one or more, each once"),
@@ -239,5 +240,6 @@ def test_every_shipped_experiment_resolves(path: Path, monkeypatch: pytest.Monke
 def test_the_main_study_has_the_arms_that_were_promised() -> None:
     assert list(load_experiment(QUICKSTART / "experiment.yaml").arms) == [
         "ce", "ce_equal_time", "logit_kd", "one_teacher_a", "one_teacher_b", "two_uniform", "two_routed",
-        "shuffled_rows", "shuffled_rows_of_task", "shuffled_positions", "random_teacher",
+        "shuffled_rows", "shuffled_rows_of_task", "shuffled_positions", "random_teacher", "ce_half_rate",
+        "ce_half_rate_equal_time", "logit_kd_half_rate",
     ]  # fmt: skip

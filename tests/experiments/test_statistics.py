@@ -26,6 +26,7 @@ RULE = VerdictRule()
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04; times 4, 3, 2, 1: .04 .06 .06 .04; never below the one before: .04 .06 .06 .06
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.04, 0.01], 3) == pytest.approx([0.08, 0.03]), "one more was made, without a p"
     assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
 
 

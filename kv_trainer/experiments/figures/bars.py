@@ -95,9 +95,9 @@ def name_rows(study: Study, axes: Axes) -> None:
 
 
 def draw_reached(study: Study, reached: Reached, target: Path) -> None:
-    """Steps, and seconds, until an arm's training loss was as low as that of `against` at its end."""
+    """Steps, and seconds, until an arm's training loss was as low as that of `against` at its end; (x): of its run."""
     against = study.experiment.against
-    figure = new_rows(study, f"until the final training loss of {against} is reached")
+    figure = new_rows(study, f"until the final training loss of {against} is reached (x: of its whole run)")
     each = figure.subplots(1, 2, sharey=True)
     for axes, unit in zip(each, ("steps", "seconds"), strict=True):
         look = styles(study)
@@ -111,7 +111,7 @@ def draw_reached(study: Study, reached: Reached, target: Path) -> None:
             label = f"reached by {len(some)} of {len(study.seeds)} seeds" if some else "not reached"
             if value is not None:
                 axes.barh(row, value, height=0.62, color=look[arm]["color"], alpha=0.75)
-                base = means[against]
+                base = study.budget(against, unit)
                 label = f"{value:,.0f}" + (f"  ({value / base:.2f}x)" if base and arm != against else "")
             right = max([value or 0.0, *some])
             write_beside(axes, label, right, row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,6 +19,8 @@ from ...text import encode
 from .style import new_figure, save
 
 ROWS, MOST = 50, 3  # rows of which the shortest is drawn; teachers that fit into a picture
+WIDEST = 125.0  # what fits beside each other, in widths of a letter: longer rows are drawn up to there
+BEFORE = 2  # tokens that are drawn of those ahead of the first pair, as a chat template writes many
 
 
 def draw_alignment(recipe: Recipe, target: Path) -> bool:
@@ -42,15 +44,14 @@ def draw_pair(axes: Axes, row: dict, student: Reader, teacher: Reader, data: Dat
     example = example_of(row, data)
     ours, theirs = (encode(example, reader, data.max_length) for reader in (student, teacher))
     index = span_index(ours.spans, theirs.spans)
-    above = place_tokens(axes, written(student.tokenizer, ours.input_ids), 1.0, [at >= 0 for at in index])
-    taken = set(index)
-    below = place_tokens(
-        axes, written(teacher.tokenizer, theirs.input_ids), 0.0, [i in taken for i in range(len(theirs.input_ids))]
+    above = place_tokens(
+        axes, written(student.tokenizer, ours.input_ids), 1.0, {i for i, at in enumerate(index) if at >= 0}
     )
+    below = place_tokens(axes, written(teacher.tokenizer, theirs.input_ids), 0.0, {at for at in index if at >= 0})
     for i, at in enumerate(index):
-        if at >= 0:
+        if i in above and at in below:
             axes.plot([above[i], below[at]], [0.97, 0.23], color=PALETTE[0], linewidth=0.9, alpha=0.8)
-    axes.set_xlim(-0.5, max(above[-1], below[-1]) + 3)
+    axes.set_xlim(-0.5, max(*above.values(), *below.values()) + 3)
     axes.set_ylim(-0.1, 1.32)
     axes.set_yticks([1.1, 0.1], ["student", name], parse_math=False)
     axes.set_xticks([])
@@ -59,16 +60,26 @@ def draw_pair(axes: Axes, row: dict, student: Reader, teacher: Reader, data: Dat
         side.set_visible(False)
 
 
-def place_tokens(axes: Axes, tokens: Sequence[str], height: float, aligned: Sequence[bool]) -> list[float]:
-    """A box a token, as wide as its text; returns the middle of each. A token without a partner is pale."""
-    middles, left = [], 0.0
-    for token, partner in zip(tokens, aligned, strict=True):
+def place_tokens(axes: Axes, tokens: Sequence[str], height: float, aligned: Container[int]) -> dict[int, float]:
+    """A box a token, as wide as its text, from shortly before the first that has a partner; one without is pale.
+
+    Returns the middle of each by its number; of those that do not fit an ellipsis is left.
+    """
+    middles, left = {}, 0.0
+    start = max(0, next((i for i in range(len(tokens)) if i in aligned), 0) - BEFORE)
+    if start:
+        axes.text(left, height + 0.1, "…", va="center", fontsize=9, color=INK)
+        left += 2.5
+    for number, token in enumerate(tokens[start:], start):
         width = 0.9 * len(token) + 0.9
-        colour = PALETTE[5] if partner else FAINT
+        if left + width > WIDEST:
+            axes.text(left, height + 0.1, "…", va="center", fontsize=9, color=INK)
+            break
+        colour = PALETTE[5] if number in aligned else FAINT
         axes.add_patch(Rectangle((left, height), width - 0.25, 0.2, facecolor=colour, alpha=0.45, edgecolor="none"))
-        middles.append(left + (width - 0.25) / 2)
+        middles[number] = left + (width - 0.25) / 2
         axes.text(
-            middles[-1], height + 0.1, token, ha="center", va="center", fontsize=7, family="monospace", color=INK,
+            middles[number], height + 0.1, token, ha="center", va="center", fontsize=7, family="monospace", color=INK,
             parse_math=False,
         )  # fmt: skip
         left += width
