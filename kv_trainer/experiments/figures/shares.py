@@ -12,7 +12,7 @@ from ...heatmap import draw_heatmap
 from ..contribution import Game, measures
 from ..results import Study
 from ..statistics import is_share, mean, std
-from ..words import unit
+from ..words import percent, unit
 from .style import DOTS, new_figure, save, seeds_of
 
 EVEN = 1e-3  # shares that differ by less are of no routing
@@ -59,11 +59,11 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
             places, [mean(v) for v in each], width=0.32, color=PALETTE[i], alpha=0.75, label=label,
             yerr=[std(v) for v in each], error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
         )  # fmt: skip
-        for place, v in zip(places, each, strict=True):
+        for j, (place, v) in enumerate(zip(places, each, strict=True)):
             axes.plot([place] * len(v), v, **DOTS)
             top = max([mean(v) + std(v), *v, 0.0])
             axes.annotate(
-                f"{mean(v):.1f}", (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
+                percent(metric, mean(values[names[j]])).removeprefix("+"), (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
                 color=INK,
             )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=0.8)
