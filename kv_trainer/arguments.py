@@ -127,6 +127,10 @@ class LayerAlignment:
         default=None, metadata={"help": "explicit: teacher name -> one teacher layer for each student layer."}
     )
 
+    def __post_init__(self) -> None:
+        if (self.method == "explicit") != (self.map is not None):
+            raise ValueError("method: explicit and map need each other; give both, or neither")
+
 
 @dataclass
 class RopeAlignment:

@@ -87,7 +87,7 @@ class Balance(nn.Module):
     def follow(self, norms: Mapping[str, Tensor], reference: float, step: int) -> None:
         """Move the measured weights towards their shares. reference: the weight of the cross-entropy now."""
         for name, share in self.shared.items():
-            if step % share.every:
+            if step % share.every or reference <= 0:  # of a cross-entropy that does not count yet there is no share
                 continue
             index = self.names.index(name)
             wanted = share.gradient_share * reference * norms[REFERENCE] / norms[name].clamp_min(1e-20)

@@ -19,12 +19,20 @@ from .alignment.layers import LayerMap, layer_map
 from .alignment.mapping import AlignedTeacher, align, rotated_pairs
 from .alignment.rope import rerotate
 from .alignment.shuffle import other_positions, other_rows
-from .arguments import MultiTeacherKVConfig
+from .arguments import FreezeConfig, MultiTeacherKVConfig
 from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
 from .fusion import FusionInputs, Router, check_given, teacher_shares
 from .importance import answer_labels, importance
-from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
+from .losses import (
+    DistillationLoss,
+    KVLoss,
+    KVRelationLoss,
+    LayerwiseLoss,
+    LossInputs,
+    TeacherLogits,
+    needs_teacher,
+)
 from .losses.base import chosen_layers
 from .maps import head_projectors, hidden_projectors
 from .profiling import part
@@ -79,6 +87,7 @@ class KVBridge(nn.Module):
         self.fusion: Any = args.fusion
         self.control, self.seed = args.control, args.seed
         self.step = 0  # of the batch whose teachers are aligned; the trainer says
+        self.some_rest = args.freeze != FreezeConfig()  # then a term may be without gradient for a while
         self.theta = student.rope_theta if student and args.alignment.rope.keys == "after" else None
         if self.theta is None and args.alignment.rope.keys == "after" and teachers:
             raise ValueError("alignment.rope.keys is 'after', but the student has no RoPE; set it to 'before'.")
@@ -93,6 +102,10 @@ class KVBridge(nn.Module):
             check_layers(name, loss, student.num_layers)
         self._check_target_space(args)
         explicit = args.alignment.layers.map or {}
+        if explicit and set(explicit) != set(teachers):
+            raise ValueError(
+                f"alignment.layers.map is for {', '.join(explicit)}; the teachers are {', '.join(teachers) or 'none'}."
+            )
         method = args.alignment.layers.method
         method = "relative_depth" if method == "cka" else method  # until calibration.py has matched them
         self.layer_maps: dict[str, LayerMap] = {
@@ -130,9 +143,9 @@ class KVBridge(nn.Module):
         if not self.fusion.in_target_space:
             return
         apart = args.projector.direction == "student_to_teacher"
-        usable = {"kv_relation"} | ({"kv"} if not apart else set())
-        wrong = [n for n, loss in self.losses.items() if "teacher_kv" in loss.needs and n not in usable]
-        if not usable & set(self.losses) or (wrong == ["kv"] and apart):
+        mapped = any(isinstance(loss, KVLoss) for loss in self.losses.values())
+        related = any(isinstance(loss, KVRelationLoss) for loss in self.losses.values())
+        if (mapped and apart) or not (mapped or related):
             raise ValueError(
                 "This fusion works on targets that all teachers share: it needs losses.kv_relation, or losses.kv with "
                 "projector.direction: teacher_to_student, and cannot serve losses.kv in the other direction."
@@ -221,6 +234,8 @@ class KVBridge(nn.Module):
         tasks: [B]; only `control.shuffle: rows_of_task` asks.
         """
         wanted = "teacher_kv" in self.requires or "teachers" in self.fusion.needs
+        if self.control.shuffle in ("rows", "rows_of_task") and len(mask) == 1:  # no other row is there: no teacher
+            signal = replace(signal, index=torch.full_like(signal.index, -1))
         moved = self.control.shuffle == "positions"
         positions = other_positions(mask, self.seed, self.step) if moved else None
         order = self.order(mask, tasks)
@@ -251,6 +266,8 @@ class KVBridge(nn.Module):
         for name, loss in self.losses.items():
             with part(f"losses.{name}"):
                 terms[name] = check_term(name, loss(inputs))
+            if needs_teacher(loss.needs) and not self.some_rest:
+                check_gradient(name, terms[name])
         if self.router is not None and inputs.weights is not None:
             terms[ROUTER_TERM] = self.fusion.regulariser(inputs.weights).sum() / given.num_samples
         self.terms = {name: term.detach() for name, term in terms.items()}
@@ -346,6 +363,16 @@ def check_term(name: str, term: Any) -> Tensor:
         return term
     shape = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
     raise ValueError(f"losses.{name} has returned {shape}; a loss returns a scalar tensor.")
+
+
+def check_gradient(name: str, term: Tensor) -> None:
+    """ValueError for a term that teaches nothing; one without anything to compare in this batch is 0."""
+    if torch.is_grad_enabled() and not term.requires_grad and bool(term != 0):
+        raise ValueError(
+            f"losses.{name} carries no gradient, so it would train nothing: all that it looks at is frozen. Unfreeze "
+            "the student's layers below what it compares, or, under gradient checkpointing, set "
+            "gradient_checkpointing_kwargs: {use_reentrant: false}."
+        )
 
 
 def check_layers(name: str, loss: DistillationLoss, count: int) -> None:

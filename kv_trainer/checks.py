@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
 from .fusion import Confidence, Fixed, Router
-from .losses import KVRelationLoss, needs_teacher
+from .losses import KVRelationLoss, LayerwiseLoss, needs_teacher
 
 logger = logging.getLogger(__name__)
 # Of Trainer's own evaluation, which ours takes the place of.
@@ -36,11 +36,13 @@ def doubtful(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[s
     found, size = [], args.per_device_train_batch_size
     relation = args.losses.get("kv_relation")
     group = relation.samples if isinstance(relation, KVRelationLoss) else 1
-    if args.gradient_accumulation_steps > 1 and size % group:
-        found.append(
-            f"losses.kv_relation.samples is {group}, and a micro-batch has {size} samples: its last group is smaller, "
-            "and a step depends on how it is cut into micro-batches."
-        )
+    for name, loss in args.losses.items() if args.gradient_accumulation_steps > 1 else ():
+        samples = getattr(loss, "samples", 1)
+        if size % samples:
+            found.append(
+                f"losses.{name}.samples is {samples}, and a micro-batch has {size} samples: its last group is "
+                "smaller, and a step depends on how it is cut into micro-batches."
+            )
     if group > 1 and len(weights) > 1 and args.fusion.needs:
         found.append(
             f"losses.kv_relation.samples is {group}: where a group's samples are trusted to different "
@@ -71,6 +73,13 @@ def check_wrong(args: MultiTeacherKVConfig) -> None:
     how = args.control.shuffle
     if how in ("rows", "rows_of_task") and args.per_device_train_batch_size < 2:
         raise ValueError(f"control.shuffle: {how} needs training.per_device_train_batch_size of 2 or more.")
+    parallel = args.parallelism_config
+    apart = [n for n in ("tp", "cp", "sp") if getattr(parallel, f"{n}_size", 1) > 1]
+    if apart:
+        raise ValueError(
+            f"training.parallelism_config has {apart[0]}_size {getattr(parallel, f'{apart[0]}_size')}: a student in "
+            "parts has no whole keys and values. Leave it out; ZeRO-3 and FSDP2 deal out weights, not states."
+        )
     options = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(
@@ -117,6 +126,12 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
         f"training.{f.name} has no effect: the section evaluation says how it is done; see evaluation.batch_size."
         for f in fields(args) if f.name in TRAINERS_EVALUATION and getattr(args, f.name) != f.default
     ]  # fmt: skip
+    for name, loss in args.losses.items():
+        if isinstance(loss, LayerwiseLoss) and loss.attention != "none" and 0 < args.max_steps <= loss.attention_starts:
+            found.append(
+                f"losses.{name}.attention has no effect: it begins at step {loss.attention_starts:,}, and the run has "
+                f"{args.max_steps:,}; set attention_warmup_steps."
+            )
     if args.evaluation.do_sample and not args.evaluation.generate:
         found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
     if weights and not any(needs_teacher(loss.needs) for loss in args.losses.values()):

@@ -86,10 +86,8 @@ def check_templates(recipe: Recipe, tree: Node) -> None:
 
 
 def check_layers(recipe: Recipe, tree: Node) -> None:
-    """An explicit layer map names every teacher, and a map is there only for `explicit`."""
+    """An explicit layer map names every teacher."""
     layers, where = recipe.args.alignment.layers, tree.at("alignment", "layers", "map")
-    if (layers.method == "explicit") != (layers.map is not None):
-        raise RecipeError(f"alignment.layers {where} needs both 'method: explicit' and 'map', or neither of them.")
     if layers.map is not None and set(layers.map) != set(recipe.teachers):
         names, teachers = ", ".join(layers.map), ", ".join(recipe.teachers)
         raise RecipeError(f"alignment.layers.map {where} is for {names or 'nobody'}; the teachers are {teachers}.")

@@ -197,7 +197,7 @@ class Teacher:
     def _scores(self, last: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
         """[B] nats of the supervised tokens, summed, and [B] mean entropy as a share of the largest possible.
 
-        A row that was cut counts as if its lost part were as hard as the rest, one cut to nothing as hopeless.
+        A row that was cut counts as if its lost part were as hard as the rest, one cut to nothing as hopeless in both.
         """
         assert self.head is not None
         counted = labels[:, 1:] != IGNORED
@@ -211,7 +211,8 @@ class Teacher:
                 surprise.append(-(logs.exp() * logs).sum(1) / math.log(logs.shape[1]))
         kept = counted.sum(1)
         nll = spread(each, counted) * supervised / kept.clamp_min(1)
-        return nll.masked_fill(kept == 0, HOPELESS), spread(surprise, counted) / kept.clamp_min(1)
+        entropy = spread(surprise, counted) / kept.clamp_min(1)
+        return nll.masked_fill(kept == 0, HOPELESS), entropy.masked_fill(kept == 0, HOPELESS)
 
 
 def spread(parts: list[Tensor], counted: Tensor) -> Tensor:

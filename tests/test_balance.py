@@ -55,6 +55,15 @@ def test_float16_rounds_no_small_gradient_to_nothing() -> None:
     assert norm(torch.float16, 2.0**16) == pytest.approx(norm(torch.float32, 1.0), rel=1e-2)
 
 
+def test_a_share_of_a_cross_entropy_that_does_not_count_yet_is_not_measured() -> None:
+    balance = Balance(losses(0.5, every=4))
+    norms = {"cross_entropy": torch.tensor(2.0), "kv_relation": torch.tensor(0.1)}
+    balance.follow(norms, 0.0, 0)
+    assert float(balance.of("kv_relation")) == 1.0
+    balance.follow(norms, 0.1, 4)
+    assert float(balance.of("kv_relation")) == pytest.approx(1.0), "half of a tenth of 2, over a tenth"
+
+
 @pytest.mark.parametrize("broken", ["cross_entropy", "kv_relation"])
 def test_a_gradient_that_overflows_moves_no_weight(broken: str) -> None:
     balance = Balance(losses(0.5, every=1))

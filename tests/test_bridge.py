@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kv_trainer.alignment.tokens import take
-from kv_trainer.arguments import AlignmentConfig, ControlConfig, MultiTeacherKVConfig, ProjectorConfig, RopeAlignment
+from kv_trainer.arguments import (
+    AlignmentConfig,
+    ControlConfig,
+    FreezeConfig,
+    LayerAlignment,
+    MultiTeacherKVConfig,
+    ProjectorConfig,
+    RopeAlignment,
+)
 from kv_trainer.bridge import NAME, KVBridge, Supervision
 from kv_trainer.capture import capture_kv, kv_shape
 from kv_trainer.fusion import Confidence, Fixed, MinNorm
@@ -180,6 +189,22 @@ def test_states_without_gradient_are_refused(student) -> None:
         student(**batch())
 
 
+def test_a_term_without_gradient_is_refused_unless_something_rests_for_a_while(student, tiny_model) -> None:
+    """Layer 0 and all below are frozen, and the term looks at nothing else; layer 1 learns."""
+    losses = {"cross_entropy": CrossEntropy(), "kv_relation": KVRelationLoss(layers=[0])}
+    bridge = bridge_to(student, losses)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    with pytest.raises(ValueError, match="losses.kv_relation carries no gradient"), bridge.supervise(supervision()):
+        student(**batch())
+    other = tiny_model("llama", num_hidden_layers=2)
+    resting = bridge_to(other, losses, freeze=FreezeConfig(layer_groups=2, unfreeze_every=5))
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    with resting.supervise(supervision()):
+        assert other(**batch()).loss > 0
+
+
 def test_no_teachers(student) -> None:
     bridge = KVBridge(None, {}, arguments({"cross_entropy": CrossEntropy()}))
     bridge.attach(student)
@@ -221,7 +246,12 @@ def test_a_fusion_of_targets_needs_a_space_of_targets(student) -> None:
     both = {"cross_entropy": CrossEntropy(), "kv": KVLoss()}
     with pytest.raises(ValueError, match="works on targets that all teachers share"):
         bridge_to(student, both, fusion=MinNorm())
-    bridge_to(student, {**both, "kv_relation": KVRelationLoss()}, fusion=MinNorm(), projector=TO_STUDENT)
+    all_three = {**both, "kv_relation": KVRelationLoss()}
+    for more in ({}, {"cka": CKALoss()}):  # whatever stands beside it, kv has each teacher's own space
+        with pytest.raises(ValueError, match="works on targets that all teachers share"):
+            bridge_to(student, {**all_three, **more}, fusion=MinNorm())
+    bridge_to(student, all_three, fusion=MinNorm(), projector=TO_STUDENT)
+    bridge_to(student, {"by_another_name": KVRelationLoss()}, fusion=MinNorm())
 
 
 # ---- alignment
@@ -288,6 +318,21 @@ def test_rows_of_a_task_are_shuffled_among_themselves(student, tiny_model) -> No
         assert torch.equal(found.keys[1], mapped.keys[1][order]), tasks
     with pytest.raises(ValueError, match="rows_of_task, but the rows have no task"):
         shuffled.align(name, signal, given.attention_mask)
+
+
+def test_a_row_alone_in_its_batch_has_no_teacher_under_the_control_of_rows(student) -> None:
+    shuffled = bridge_to(student, control=ControlConfig("rows"))
+    name, signal = next(iter(supervision().signals.items()))
+    one = replace(signal, kv=signal.kv.map(lambda x: x[:1]), index=signal.index[:1], nll=signal.nll[:1])
+    assert not shuffled.align(name, one, torch.ones((1, LENGTH), dtype=torch.long)).kv.mask.any()
+
+
+def test_a_map_of_layers_is_for_the_teachers_that_are_there(student) -> None:
+    with pytest.raises(ValueError, match="method: explicit and map need each other"):
+        LayerAlignment(map={"wide": [0, 1]})
+    wrong = AlignmentConfig(layers=LayerAlignment(method="explicit", map={"wyde": [0, 1], "deep": [0, 1]}))
+    with pytest.raises(ValueError, match="alignment.layers.map is for wyde, deep; the teachers are wide, deep"):
+        bridge_to(student, alignment=wrong)
 
 
 def test_the_student_s_states_are_those_of_a_plain_capture(student) -> None:

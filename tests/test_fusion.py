@@ -178,6 +178,16 @@ def test_similarity_finds_the_home_ground(kind: str) -> None:
     assert fusion.shares(found).argmax(0).tolist() == [1, 0]
 
 
+def test_states_in_half_precision_are_averaged_in_full() -> None:
+    """Where every channel has a large mean, what tells samples apart is in the digits that bfloat16 has no room for."""
+    generator = torch.Generator().manual_seed(0)
+    keys = (100 + torch.randn((2, 1, 300, 4), generator=generator)).bfloat16()
+    states = KVStates((keys,), (keys,), torch.ones(2, 300, dtype=torch.bool), (0,), 1)
+    expected = keys.double().mean(2).flatten(1)
+    found = pooled(states, states.mask)[0, :, :4]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_a_teacher_without_a_home_is_near_to_nothing() -> None:
     made = Similarity().make_prototypes(torch.randn(4, 6), torch.zeros(4, dtype=torch.bool))
     assert made.shape == (2, 6) and not made[1].any()
@@ -243,6 +253,16 @@ def test_min_norm_of_equal_teachers_is_finite() -> None:
     assert weights.isfinite().all()
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     assert min_norm_weights(torch.zeros(1, 2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("apart", [1e-4, 1e-5, 1e-6])
+def test_min_norm_of_teachers_that_are_nearly_one(apart: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pull = torch.randn((400, 1, 50), generator=generator)
+    pulls = pull + apart * torch.randn((400, 2, 50), generator=generator)
+    weights = min_norm_weights(pulls @ pulls.mT)
+    assert weights.dtype == torch.float32 and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(400))
 
 
 def test_min_norm_decides_for_each_sample() -> None:

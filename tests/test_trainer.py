@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ from kv_trainer import collator
 from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig, StudentConfig, TeacherConfig
 from kv_trainer.calibration import typical
 from kv_trainer.checkpoints import BRIDGE_FILE
-from kv_trainer.checks import check_arguments
+from kv_trainer.checks import check_arguments, doubtful
 from kv_trainer.collator import text_batch
 from kv_trainer.data import Reader, encode_rows
-from kv_trainer.fusion import Confidence, Fusion, Uniform
-from kv_trainer.losses import CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
+from kv_trainer.fusion import Confidence, Entropy, Fusion, FusionInputs, Uniform
+from kv_trainer.losses import CKALoss, CODILoss, CrossEntropy, KVLoss, KVRelationLoss, LogitKD
 from kv_trainer.model_checks import tokens_of_text
 from kv_trainer.resolve import resolve_student, resolve_teacher
-from kv_trainer.teachers import HOPELESS, Teacher
+from kv_trainer.teachers import HOPELESS, Teacher, TeacherNeeds
 from kv_trainer.trainer import MultiTeacherKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -332,6 +333,19 @@ def test_one_vocabulary_in_heads_of_other_widths_is_compared(world, tmp_path: Pa
     assert 0 < trainer.state.log_history[0]["loss_logit_kd"] < 10
 
 
+def test_a_teacher_that_read_nothing_of_the_answer_is_not_sure_of_it(world) -> None:
+    teacher = Teacher(world.student(seed=1), Reader(world.tokenizer(0)))
+    teacher.prepare((0,), TeacherNeeds(scores=True))
+    batch = text_batch([{"input_ids": [3, 4, 5], "labels": [-100, -100, 5]}] * 2, "", 0)
+    batch["labels"][1] = -100
+    batch |= {"index": torch.zeros((2, 3), dtype=torch.long), "supervised": torch.tensor([1, 1])}
+    found = teacher.signal(batch)
+    assert found.nll[1] == found.entropy[1] == HOPELESS and found.entropy[0] < 1
+    both = torch.stack([found.entropy.flip(0), found.entropy])
+    shares = Entropy().shares(FusionInputs(torch.ones(2), torch.ones(2), entropy=both))
+    assert shares.argmax(0).tolist() == [1, 0]
+
+
 def test_rows_cut_to_nothing_do_not_cost_a_teacher_its_task() -> None:
     nats = torch.tensor([[0.2, 0.2, HOPELESS / 40], [1.0, 1.0, 1.0]])
     torch.testing.assert_close(typical(nats), torch.tensor([0.2, 1.0]))
@@ -572,6 +586,19 @@ def test_a_deepspeed_config_that_overrules_the_recipe_is_refused(world, tmp_path
     config[section] = {"type": "any"}
     with pytest.raises(ValueError, match=f"DeepSpeed config has a section {section}, .*leave it out"):
         check_arguments(args, {})
+
+
+def test_a_student_in_parts_is_refused(world, tmp_path: Path) -> None:
+    args = world.arguments(tmp_path, {"cross_entropy": CrossEntropy()})
+    args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2)
+    with pytest.raises(ValueError, match="parallelism_config has cp_size 2: a student in parts has no whole keys"):
+        check_arguments(args, {})
+
+
+@pytest.mark.parametrize("loss", [KVRelationLoss(samples=3), CKALoss(samples=3)])
+def test_groups_that_do_not_divide_a_micro_batch_are_told(world, tmp_path: Path, loss: Any) -> None:
+    args = world.arguments(tmp_path, {"own": loss}, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    assert "losses.own.samples is 3, and a micro-batch has 4 samples" in doubtful(args, {})[0]
 
 
 def test_label_smoothing_of_the_trainer_is_refused(start) -> None:

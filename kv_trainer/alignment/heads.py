@@ -14,6 +14,7 @@ Direction = Literal["teacher_to_student", "student_to_teacher"]
 # `mlp_ratio: auto`, bottleneck width over input width: the best of 0.5, 1 and 2 in docs/results/projectors, where 0.5
 # lost half of the answers.
 AUTO_MLP_RATIO = 2.0
+DEAD = 1e-4  # of the median deviation of a layer: a channel that moves less does not move
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -162,11 +163,21 @@ class TeacherProjectors(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: list[KVStates]) -> None:
-        """Set mean and deviation from aligned teacher states, counting True positions only."""
+        """Set mean and deviation from aligned teacher states, counting True positions only.
+
+        A channel that does not move is divided by the median deviation of its layer: else it alone would be the loss.
+        """
         if not any(b.mask.any() for b in batches):
             raise ValueError("No student position is aligned with the teacher, so its states cannot be standardised.")
         for part, name in enumerate(("keys", "values")):
             for layer in range(self.mean.shape[1]):
                 rows = torch.cat([getattr(b, name)[layer].transpose(1, 2)[b.mask] for b in batches]).float()
+                spread = rows.std(0, correction=0)
                 self.mean[part, layer, :, 0, : rows.shape[-1]] = rows.mean(0)
-                self.scale[part, layer, :, 0, : rows.shape[-1]] = rows.std(0, correction=0).clamp_min(1e-4)
+                self.scale[part, layer, :, 0, : rows.shape[-1]] = alive(spread).clamp_min(1e-4)
+
+
+def alive(spread: Tensor) -> Tensor:
+    """Deviations of a layer's channels, those of dead ones replaced by the median."""
+    middle = spread.median()
+    return torch.where(spread > DEAD * middle, spread, middle)

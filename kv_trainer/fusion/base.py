@@ -21,7 +21,7 @@ class FusionInputs:
 
     given: [M], the recipe's teacher weights. tokens: [B], supervised *student* tokens of each sample.
     nll: [M, B], each teacher's negative log-likelihood of the supervised text (nats, summed).
-    entropy: [M, B], each teacher's mean entropy at the supervised positions (nats a token).
+    entropy: [M, B], each teacher's mean entropy at the supervised positions, as a share of the largest possible.
     tasks: [B] long, the task of each sample; task_nll: [M, tasks], nats a student token on the calibration rows.
     teachers: every teacher's states at the student's layers and positions; student: the student's own.
     prototypes: one [K, C_m] a teacher. router: the trainable module of this fusion.

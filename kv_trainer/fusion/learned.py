@@ -18,7 +18,7 @@ def pooled(states: KVStates, mask: Tensor) -> Tensor:
     """Mean keys and values over the True positions of mask [B, T], layer by layer: [L, B, C]."""
     share = mask / mask.sum(1, keepdim=True).clamp_min(1)
     return torch.stack([
-        torch.cat([torch.einsum("bt,bhtd->bhd", share.to(x.dtype), x).flatten(1) for x in pair], dim=1).float()
+        torch.cat([torch.einsum("bt,bhtd->bhd", share.float(), x.float()).flatten(1) for x in pair], dim=1)
         for pair in zip(states.keys, states.values, strict=True)
     ])
 

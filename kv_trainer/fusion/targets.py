@@ -64,6 +64,8 @@ def min_norm_weights(products: Tensor, there: Tensor | None = None) -> Tensor:
     the answer. There are 2^M - 1 faces: meant for a handful of teachers.
     """
     batch, count, _ = products.shape
+    dtype = products.dtype
+    products = products.double()  # teachers that are nearly one make faces that float32 cannot tell from singular
     size = products.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
     best = products.new_full((batch,), torch.inf)
     weights = products.new_full((batch, count), 1 / count)
@@ -80,4 +82,4 @@ def min_norm_weights(products: Tensor, there: Tensor | None = None) -> Tensor:
             best = torch.where(better, value, best)
             full = torch.zeros_like(weights).index_copy(1, index, share)
             weights = torch.where(better[:, None], full, weights)
-    return weights
+    return weights.to(dtype)

@@ -160,6 +160,17 @@ def test_channels_of_a_calibrated_teacher_have_no_units(metric: str) -> None:
     torch.testing.assert_close(KVLoss(metric=metric)(inputs), before, rtol=1e-4, atol=1e-5)
 
 
+def test_a_channel_that_does_not_move_is_not_all_of_the_loss() -> None:
+    """As a padded head has them: always 0."""
+    inputs = random_inputs(samples=8, teachers=((1, 4),))
+    projectors = inputs.projectors["t0"]
+    projectors.calibrate([inputs.teachers["t0"]])
+    before = KVLoss()(inputs).item()
+    inputs.teachers["t0"] = inputs.teachers["t0"].map(lambda x: x * torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    projectors.calibrate([inputs.teachers["t0"]])
+    assert KVLoss()(inputs).item() < 2 * before
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_layer_weighs_the_same(direction: str) -> None:
     """A last layer of huge numbers, as deep layers have them, does not drown the first."""

@@ -62,10 +62,10 @@ def draw_contribution(study: Study, game: Game, target: Path) -> None:
         for j, (place, v) in enumerate(zip(places, each, strict=True)):
             axes.plot([place] * len(v), v, **DOTS)
             top = max([mean(v) + std(v), *v, 0.0])
+            said = percent(metric, mean(values[names[j]])).removeprefix("+")
             axes.annotate(
-                percent(metric, mean(values[names[j]])).removeprefix("+"), (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
-                color=INK,
-            )  # fmt: skip
+                said, (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK
+            )
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.margins(y=0.15)
