@@ -6,7 +6,8 @@ python docs/results/publish.py                                        # all docu
 A document takes a figure from docs/results/NAME/results.json between two comments, which a reader does not see:
 `<!-- NAME ARM METRIC -->91.2% ± 3.7<!-- / -->`. METRIC is one of the arms' metrics, or steps, tokens or seconds of the
 budget; `ARM METRIC mean` and `ARM METRIC SEED` are the mean alone and one seed's value; `ARM-OTHER METRIC` is the
-difference of two means; `ARM METRIC p` is the p of its comparison, `ARM-OTHER METRIC p` of that with OTHER.
+difference of two means; `ARM METRIC p` is the p of its comparison, `ARM-OTHER METRIC p` of that with OTHER, and
+`interval`, in the place of p, the 95% interval of the difference.
 `ARM-OTHER reached_steps` and `reached_seconds`: after which share of all that OTHER took, the arm that all are compared
 with, ARM was where OTHER ended.
 """
@@ -52,14 +53,15 @@ def figure(name: str, arm: str, metric: str, other: str | None = None, form: str
             raise LookupError(f"<!-- {name} {arm}-{other} {metric} -->: it was measured for {found['against']} alone")
         unit_of = metric.removeprefix("reached_")
         return f"{mean(found['reached'][arm][unit_of]) / found['budget'][other][unit_of]:.0%}"
-    if (other and form not in (None, "p")) or (of_budget and (other or form)):
+    if (other and form not in (None, "p", "interval")) or (of_budget and (other or form)):
         raise LookupError(f"<!-- {name} {arm} {other} {metric} {form} --> says two things at once")
     if of_budget:
         return f"{found['budget'][arm][metric]:,.0f}"
     values = found["arms"][arm][metric]
-    if form == "p":  # with the arm that it is first compared with, unless another is named
+    if form in ("p", "interval"):  # with the arm that it is first compared with, unless another is named
         pairs = [c for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric]
-        return p_words([c["p"] for c in pairs if other in (None, c["against"])][0])
+        one = [c for c in pairs if other in (None, c["against"])][0]
+        return p_words(one["p"]) if form == "p" else f"{percent(metric, one['low'])} to {percent(metric, one['high'])}"
     if other is not None:
         return f"{percent(metric, mean(values) - mean(found['arms'][other][metric]))} {unit(metric)}"
     if form == "mean":
