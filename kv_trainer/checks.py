@@ -46,8 +46,8 @@ def doubtful(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[s
     if group > 1 and len(weights) > 1 and args.fusion.needs:
         found.append(
             f"losses.kv_relation.samples is {group}: where a group's samples are trusted to different "
-            "teachers, each one's states are centred over its own samples and the student's over all, which no "
-            "student can match. Set samples to 1, or take fusion: {method: uniform}."
+            "teachers, each one's states are centred over its own samples and the student's over all, so the term "
+            "does not reach 0. Compare it with samples: 1, or take fusion: {method: uniform}."
         )
     if args.torch_compile and args.gradient_checkpointing:
         found.append(

@@ -81,7 +81,8 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
         "seeds": [1, 2], "against": "a", "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
         "budget": {"a": {"steps": 1200.0}}, "reached": {"b": {"steps": [240, 360]}},
         "comparisons": [
-            {"arm": "a", "against": other, "metric": "accuracy", "p": p} for other, p in (("c", 0.03), ("b", 0.2))
+            {"arm": "a", "against": other, "metric": "accuracy", "p": p, "low": -p, "high": 0.5}
+            for other, p in (("c", 0.03), ("b", 0.2))
         ],
     }  # fmt: skip
     (tmp_path / "s").mkdir()
@@ -90,7 +91,8 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
     publish.results.cache_clear()
     marks = {"a accuracy": "60.0% ± 14.1", "a accuracy mean": "60.0%", "a accuracy 2": "70.0%", "a steps": "1,200",
              "b-a reached_steps": "25%",
-             "a-b accuracy": "+50.0 points", "a accuracy p": "0.030", "a-b accuracy p": "0.200"}  # fmt: skip
+             "a-b accuracy": "+50.0 points", "a accuracy p": "0.030", "a-b accuracy p": "0.200",
+             "a-b accuracy interval": "-20.0 to +50.0"}  # fmt: skip
     for mark, shown in marks.items():
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
     wrong = (
