@@ -24,16 +24,9 @@ from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
 from .fusion import FusionInputs, Router, check_given, teacher_shares
 from .importance import answer_labels, importance
-from .losses import (
-    DistillationLoss,
-    KVLoss,
-    KVRelationLoss,
-    LayerwiseLoss,
-    LossInputs,
-    TeacherLogits,
-    needs_teacher,
-)
+from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
 from .losses.base import chosen_layers
+from .losses.checks import check_gradient, check_layers, check_target_space, check_term
 from .maps import head_projectors, hidden_projectors
 from .profiling import part
 from .teachers import TeacherNeeds
@@ -100,7 +93,8 @@ class KVBridge(nn.Module):
         check_reference(args.losses, args.monitor.loss_scales_every)
         for name, loss in self.losses.items() if student else ():
             check_layers(name, loss, student.num_layers)
-        self._check_target_space(args)
+        if self.fusion.in_target_space:
+            check_target_space(self.losses, args.projector.direction)
         explicit = args.alignment.layers.map or {}
         if explicit and set(explicit) != set(teachers):
             raise ValueError(
@@ -137,19 +131,6 @@ class KVBridge(nn.Module):
         self._given: Supervision | None = None
         self._capture: KVCapture | None = None
         self._states: KVStates | None = None
-
-    def _check_target_space(self, args: MultiTeacherKVConfig) -> None:
-        """A fusion of targets needs a loss in which all teachers' targets live in one space."""
-        if not self.fusion.in_target_space:
-            return
-        apart = args.projector.direction == "student_to_teacher"
-        mapped = any(isinstance(loss, KVLoss) for loss in self.losses.values())
-        related = any(isinstance(loss, KVRelationLoss) for loss in self.losses.values())
-        if (mapped and apart) or not (mapped or related):
-            raise ValueError(
-                "This fusion works on targets that all teachers share: it needs losses.kv_relation, or losses.kv with "
-                "projector.direction: teacher_to_student, and cannot serve losses.kv in the other direction."
-            )
 
     def teacher_needs(self) -> TeacherNeeds:
         return TeacherNeeds(
@@ -355,29 +336,3 @@ def heard_of(given: Supervision, inputs: LossInputs) -> dict[str, Tensor]:
         parts += [] if nll is None else [nll.float().sum()]
         found[name] = torch.stack(parts).sum() if parts else inputs.labels.new_zeros((), dtype=torch.float32)
     return found
-
-
-def check_term(name: str, term: Any) -> Tensor:
-    """What a loss has returned. ValueError, which a user's own loss may earn, for anything but a scalar tensor."""
-    if isinstance(term, Tensor) and term.dim() == 0:
-        return term
-    shape = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
-    raise ValueError(f"losses.{name} has returned {shape}; a loss returns a scalar tensor.")
-
-
-def check_gradient(name: str, term: Tensor) -> None:
-    """ValueError for a term that teaches nothing; one without anything to compare in this batch is 0."""
-    if torch.is_grad_enabled() and not term.requires_grad and bool(term != 0):
-        raise ValueError(
-            f"losses.{name} carries no gradient, so it would train nothing: all that it looks at is frozen. Unfreeze "
-            "the student's layers below what it compares, or, under gradient checkpointing, set "
-            "gradient_checkpointing_kwargs: {use_reentrant: false}."
-        )
-
-
-def check_layers(name: str, loss: DistillationLoss, count: int) -> None:
-    """ValueError, before anything runs, if a loss names student layers that are not there."""
-    try:
-        chosen_layers(getattr(loss, "layers", "all"), count)
-    except ValueError as error:
-        raise ValueError(f"losses.{name}.{error}") from None

@@ -193,7 +193,10 @@ def test_unknown_keys(text: str, message: str) -> None:
         ("evaluation: {do_sample: true, temperature: 0.0}", "temperature is 0.0; give more than 0, or do_sample"),
         ("evaluation: {do_sample: true, top_p: 1.5}", "top_p is 1.5; give a share above 0 and up to 1"),
         ("evaluation: {do_sample: true, seed: -1}", "seed is -1; give 0 or more."),
-        ("alignment: {layers: {method: explicit}}", "method: explicit and map need each other; give both, or neither"),
+        (
+            "alignment: {layers: {method: explicit}}",
+            "alignment.layers in recipes/x.yaml, line 3: method: explicit and map need each other",
+        ),
         ("alignment: {layers: {method: explicit, map: {a: [1]}}}", "line 3 is for a; the teachers are "),
         ("alignment: {layers: {method: explicit, map: {a: [x]}}}", "give a mapping or null."),
         (
