@@ -150,6 +150,7 @@ class MultiTeacherKVTrainer(HubTrainer):
                 self.bridge.heads[name] = teacher.vocabulary(self.reader.tokenizer, width)
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
+        self.matched = False  # whether layers are, by CKA
 
     def _encode(
         self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig, student: PreTrainedConfig
@@ -361,7 +362,10 @@ class MultiTeacherKVTrainer(HubTrainer):
                 self.model.config.use_cache = self.use_cache
 
     def calibrate(self) -> None:
-        """See calibration.py; a map of matched layers is written to output_dir."""
+        """See calibration.py; a map of matched layers is written to output_dir.
+
+        Layers are matched once, with the student as it began: a second train() goes on with what they were taught by.
+        """
         calibration = Calibration(
             self.bridge,
             self.teachers,
@@ -370,7 +374,9 @@ class MultiTeacherKVTrainer(HubTrainer):
             self.accelerator.autocast,
         )
         fixed_target = bool(self.bridge.projectors) and self.args.projector.direction == "student_to_teacher"
-        matched = calibration.run(self.model, self.args.alignment.layers.method == "cka", fixed_target)
+        match = self.args.alignment.layers.method == "cka" and not self.matched
+        matched = calibration.run(self.model, match, fixed_target)
+        self.matched |= bool(matched)
         self.panel.task_nll = self.bridge.task_nll
         if self.is_world_process_zero():
             for name, similarity in matched.items():

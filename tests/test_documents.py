@@ -81,8 +81,8 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
         "seeds": [1, 2], "against": "a", "arms": {"a": {"accuracy": [0.5, 0.7]}, "b": {"accuracy": [0.1, 0.1]}},
         "budget": {"a": {"steps": 1200.0}}, "reached": {"b": {"steps": [240, 360]}},
         "comparisons": [
-            {"arm": "a", "against": other, "metric": "accuracy", "p": p, "low": -p, "high": 0.5}
-            for other, p in (("c", 0.03), ("b", 0.2))
+            {"arm": "a", "against": other, "metric": "accuracy", "p": p, "low": low, "high": 0.5}
+            for other, p, low in (("c", 0.03, None), ("b", 0.2, -0.2))
         ],
     }  # fmt: skip
     (tmp_path / "s").mkdir()
@@ -97,7 +97,7 @@ def test_a_document_is_filled_from_results(tmp_path: Path, monkeypatch: pytest.M
         assert publish.fill(f"x <!-- s {mark} -->old<!-- / --> y") == f"x <!-- s {mark} -->{shown}<!-- / --> y"
     wrong = (
         "a-d accuracy p", "a-b accuracy 2", "a-b steps", "a steps 2", "a accuracy 7", "c accuracy", "b accuracy p",
-        "b-c reached_steps",
+        "b-c reached_steps", "a accuracy interval",
     )  # fmt: skip
     for mark in wrong:
         with pytest.raises(LookupError):

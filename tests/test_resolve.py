@@ -195,6 +195,19 @@ def test_selected_reasoning_goes_with_what_is_measured_before(world: World, tmp_
     assert trainer.state.global_step == 3
 
 
+def test_layers_are_matched_once_however_often_train_is_called(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [[0, 1]]
+    monkeypatch.setattr("kv_trainer.calibration.match_layers", lambda similarity: found[-1])
+    trainer = world.trainer(tmp_path, RELATION, alignment=AlignmentConfig(layers=LayerAlignment("cka")), max_steps=1)
+    trainer.train()
+    first = dict(trainer.bridge.layer_maps)
+    found.append([0, 0])  # what the trained student would be matched with
+    trainer.train()
+    assert trainer.bridge.layer_maps == first
+
+
 def test_a_row_of_no_task_is_no_obstacle(world: World, tmp_path: Path) -> None:
     tasks = [None if i % 3 == 0 else i % 2 for i in range(len(ROWS))]
     trainer = world.trainer(tmp_path, RELATION, rows=world.encoded.add_column("task", tasks), fusion=TaskWise())

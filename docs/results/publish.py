@@ -61,7 +61,11 @@ def figure(name: str, arm: str, metric: str, other: str | None = None, form: str
     if form in ("p", "interval"):  # with the arm that it is first compared with, unless another is named
         pairs = [c for c in found["comparisons"] if c["arm"] == arm and c["metric"] == metric]
         one = [c for c in pairs if other in (None, c["against"])][0]
-        return p_words(one["p"]) if form == "p" else f"{percent(metric, one['low'])} to {percent(metric, one['high'])}"
+        if form == "p":
+            return p_words(one["p"])
+        if one["low"] is None:
+            raise LookupError(f"<!-- {name} {arm} {other} {metric} interval -->: none could be drawn of so few rows")
+        return f"{percent(metric, one['low'])} to {percent(metric, one['high'])}"
     if other is not None:
         return f"{percent(metric, mean(values) - mean(found['arms'][other][metric]))} {unit(metric)}"
     if form == "mean":

@@ -17,6 +17,7 @@ from kv_trainer.experiments.compare import print_study
 from kv_trainer.experiments.contribution import Game
 from kv_trainer.experiments.experiment import Unequal, load_experiment
 from kv_trainer.experiments.fairness import agreement, check_budget, violations
+from kv_trainer.experiments.figures.curves import draw_curves
 from kv_trainer.experiments.jobs import Job, equal_steps, given_seconds
 from kv_trainer.experiments.reach import reached, trailing
 from kv_trainer.experiments.report import write_report
@@ -301,6 +302,15 @@ def test_any_name_of_a_task_and_of_an_arm_can_be_drawn(study: Study) -> None:
         Path(f"out/control-{seed}").rename(f"out/{long}-{seed}")
     write_report(study, Path("out/report"))
     assert "$\\frac$" in Path("out/report/report.md").read_text()
+
+
+def test_the_curves_show_each_kind_of_term(study: Study, tmp_path: Path) -> None:
+    """Not the first alone: the arms of the other would have no line."""
+    for seed in study.seeds:
+        log = study.folder("control", seed) / "metrics.jsonl"
+        log.write_text(log.read_text().replace("kv_relation", "kv"))
+    caption = draw_curves(study, tmp_path / "curves.png")
+    assert "kv_relation term (unweighted), kv term (unweighted), training cross-entropy" in caption
 
 
 def test_few_rows_with_answers_make_an_interval_or_no_verdict_to_keep(study: Study) -> None:

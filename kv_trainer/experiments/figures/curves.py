@@ -17,17 +17,17 @@ from ..results import Study
 from .style import legend_below, new_figure, save, seeds_of, styles
 
 TERMS = ("loss_kv_relation", "loss_kv", "loss_cka", "loss_codi", "loss_attention_kl", "loss_logit_kd")
+PANELS = 2  # of terms: of more the figure would be too small to read
 POINTS = 80
 
 
 def draw_curves(study: Study, target: Path) -> str:
-    """The teachers' term, and what it is to bring; above over steps, below over seconds. Returns a caption."""
-    term = next((name for name in TERMS if any(has(study, arm, name) for arm in study.arms)), None)
+    """The teachers' terms, and what they are to bring; above over steps, below over seconds. Returns a caption."""
+    terms = [name for name in TERMS if any(has(study, arm, name) for arm in study.arms)][:PANELS]
     evaluated = all(len(series(study.metrics(a, s), "eval_accuracy")[0]) > 2 for a in study.arms for s in study.seeds)
     aim = "eval_accuracy" if evaluated else CROSS_ENTROPY
     titles = {aim: "exact answers" if evaluated else "training cross-entropy (nats a token)"}
-    if term is not None:
-        titles = {term: f"{term.removeprefix('loss_')} term (unweighted)"} | titles
+    titles = {term: f"{term.removeprefix('loss_')} term (unweighted)" for term in terms} | titles
     figure = new_figure("what the teachers' term does, and what it brings", height=7.2)
     grid = figure.subplots(2, len(titles), squeeze=False)
     handles: dict[str, Any] = {}
@@ -42,12 +42,10 @@ def draw_curves(study: Study, target: Path) -> str:
     arms = [arm for arm in study.arms if arm in handles]
     legend_below(figure, [handles[arm] for arm in arms], arms)
     save(figure, target)
-    apart = " Arms whose teachers differ have targets of their own, so heights of that term are not comparable." * (
-        term is not None
-    )
+    apart = " Arms whose teachers differ have targets of their own, so heights of a term are not comparable."
     return (
-        f"{' and '.join(titles.values())}: over steps (above) and the mean seconds of these steps (below); mean and "
-        f"deviation over seeds.{apart}"
+        f"{', '.join(titles.values())}: over steps (above) and the mean seconds of these steps (below); mean and "
+        f"deviation over seeds.{apart * bool(terms)}"
     )
 
 
