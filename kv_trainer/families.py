@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig
 Parts = dict[str, Tensor]  # "queries", "keys", "values" -> [B, H, S, D]; "shared" -> [B, 1, S, rotary]
 
 TESTED = (
-    "Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next, Mistral, Gemma, Gemma-2, Gemma-3, Phi, Phi-3, GPT-2, GPT-NeoX, "
-    "GPT-OSS, OLMo-2, OPT, Cohere, Cohere-2, StarCoder2, Granite, StableLM, Falcon, Bloom, DeepSeek-V2, DeepSeek-V3, "
-    "SmolLM3, GLM, GLM-4, Exaone-4, ERNIE-4.5, Seed-OSS, Apertus, Nemotron, HunYuan, Falcon-H1, LFM2, Bamba, Jamba, "
-    "MiniMax"
+    "Llama, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, Qwen3-Next, Mistral, Gemma, Gemma-2, Gemma-3, Phi, Phi-3, GPT-2, "
+    "GPT-NeoX, GPT-OSS, OLMo-2, OPT, Cohere, Cohere-2, StarCoder2, Granite, StableLM, Falcon, Bloom, DeepSeek-V2, "
+    "DeepSeek-V3, SmolLM3, GLM, GLM-4, Exaone-4, ERNIE-4.5, Seed-OSS, Apertus, Nemotron, HunYuan, Falcon-H1, LFM2, "
+    "Bamba, Jamba, MiniMax"
 )
 
 
@@ -149,7 +149,8 @@ class AttentionLayer:
         if NORM_AFTER_ROPE.get(self.kind):
             norms = {"queries": self.module.q_norm, "keys": self.module.k_norm}
             parts = {name: norms[name](x) if name in norms else x for name, x in parts.items()}
-        return parts
+        factor = getattr(self.module, "key_multiplier", None)  # Falcon-H1 multiplies what k_proj puts out
+        return parts if factor is None else {**parts, "keys": factor * parts["keys"]}
 
 
 def attention_layers(model: Any) -> list[AttentionLayer]:

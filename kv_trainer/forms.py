@@ -78,4 +78,4 @@ def window_of(layer: AttentionLayer) -> int | None:
     own = hasattr(layer.module, "sliding_window")
     if (own and types or "sliding_attention" in types) and types[layer.index] != "sliding_attention":
         return None
-    return getattr(layer.module if own else layer.config, "sliding_window", None)
+    return getattr(layer.module if own else layer.config, "sliding_window", None) or None  # Qwen2-MoE says 0 for none

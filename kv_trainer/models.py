@@ -34,7 +34,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer a section names, else its model's own; a missing pad token becomes the end token."""
     name = config.tokenizer or config.model
     assert name is not None, "recipes.py checks that a model without weights names its tokenizer"
-    revision = config.revision if config.tokenizer is None else None
+    revision = config.revision if name in (config.model, getattr(config, "config", None)) else None
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     check_words(tokenizer, name)
     if tokenizer.pad_token_id is None:
@@ -90,14 +90,21 @@ def check_devices(device_map: str | dict[str, Any]) -> None:
 
 def load_random(config: ModelConfig, seed: int) -> PreTrainedModel:
     """A model of the same architecture whose weights are drawn from `seed`; the state of torch's own is kept."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    shape = AutoConfig.from_pretrained(str(config.model), revision=config.revision, **options)
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
+        return drawn(str(config.model), config)
+
+
+def drawn(place: str, config: ModelConfig) -> PreTrainedModel:
+    """A model of random weights and of the shape that is told at `place`, which `config.revision` is of."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    shape = AutoConfig.from_pretrained(place, revision=config.revision, **options)
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if config.revision and config.trust_remote_code and AutoModelForCausalLM.__name__ in getattr(shape, "auto_map", {}):
+        options["code_revision"] = config.revision
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
 
 
 def quantization(bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
@@ -113,13 +120,7 @@ def quantization(bits: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
 def load_student(config: StudentConfig) -> PreTrainedModel:
     """A pretrained, pruned or random student, with the layers and the freezing its section asks for."""
     if config.config is not None:
-        shape = AutoConfig.from_pretrained(config.config, trust_remote_code=config.trust_remote_code)
-        options: dict[str, Any] = {}
-        if config.attn_implementation:
-            options["attn_implementation"] = config.attn_implementation
-        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        options["trust_remote_code"] = config.trust_remote_code
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
+        model = drawn(config.config, config)
     else:
         model = load_pretrained(config)
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -145,23 +146,35 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
     for new, layer in enumerate(getattr(parent, name)):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
+            if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = new
+    each = {key: getattr(config, key, None) or () for key in PER_LAYER}
     config.num_hidden_layers = len(kept)
     try:
-        for key in PER_LAYER:
-            if getattr(config, key, None):
-                setattr(config, key, [getattr(config, key)[i] for i in kept])
+        for key, told in each.items():
+            now = [told[i] for i in kept] if told else told
+            if now != (getattr(config, key, None) or ()):  # some derive it, and it cannot be set
+                setattr(config, key, now)
         with torch.device("meta"):
             again = type(model)(copy.deepcopy(model.config))
     except (AttributeError, IndexError, TypeError, ValueError):
         again = None
-    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} if m else {} for m in (model, again)]
-    if shapes[0] != shapes[1]:  # it would be saved, and loaded with other, random, weights
+    if again is None or made_of(model) != made_of(again):  # it would be saved, and loaded as something else
         raise ValueError(
             f"student.keep_layers is {kept}, which {type(config).__name__} has no words for: it derives what a layer "
             "is from its place. Layers of the kinds that the new places have may do; else leave keep_layers out."
         )
+
+
+def made_of(model: nn.Module) -> dict[str, Any]:
+    """The shape of every parameter, and every number that a module holds, such as GPT-2's scaling by layer."""
+    numbers = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) in (int, float) and name != "num_hidden_layers"
+    }
+    return {name: tuple(p.shape) for name, p in model.named_parameters()} | numbers
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:

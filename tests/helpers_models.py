@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {**GROUPED, "sliding_window": 4},
     "granite": GROUPED,
     "qwen3_moe": {**WIDE, **EXPERTS},
+    "qwen2_moe": {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 16},
     "stablelm": {**GROUPED, "qk_layernorm": True},
     "gpt_oss": {**WIDE, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phi": GROUPED,  # rotates half of the channels
@@ -67,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": GROUPED,
     "nemotron": GROUPED,
     "hunyuan_v1_dense": WIDE,
-    "falcon_h1": {**GROUPED, **STATE, "mamba_d_ssm": 64},
+    "falcon_h1": {**GROUPED, **STATE, "mamba_d_ssm": 64, "key_multiplier": 0.4},
     "qwen3_next": {
         **FOUR, **EXPERTS, "head_dim": 12, "layer_types": HYBRID, "shared_expert_intermediate_size": 16,
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,

@@ -79,7 +79,7 @@ def test_a_pruned_model_is_saved_as_it_is_or_refused(tiny_model, tmp_path, name,
         keep_layers(model, kept)
     except ValueError as error:
         assert "student.keep_layers is [" in str(error) and "derives what a layer is from its place" in str(error)
-        assert family in ("bamba", "falcon_h1", "jamba") or name in MIXED
+        assert family in ("bamba", "jamba") or name in MIXED
         return
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
@@ -131,6 +131,33 @@ def test_student_is_loaded_pruned_and_frozen(tiny_model, saved):
         with pytest.raises(ValueError, match="device_map names cuda:97, and this process sees"):
             load_pretrained(TeacherConfig(model=saved, device_map=places))
     assert load_pretrained(ModelConfig(model=saved, attn_implementation="eager")).config._attn_implementation == "eager"
+
+
+def test_a_layer_that_scales_by_its_place_is_not_moved(tiny_model):
+    """It would be saved, and loaded with another scale."""
+    with pytest.raises(ValueError, match=r"keep_layers is \[0, 2\], which GPT2Config has no words for"):
+        keep_layers(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), [0, 2])
+    keep_layers(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), [0, 1])
+
+
+def test_layers_that_are_all_alike_can_be_kept_whatever_their_kind_is_called(tiny_model, tmp_path):
+    model = tiny_model("falcon_h1")
+    keep_layers(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("pinned", [None, "b" * 40], ids=["newest", "pinned"])
+def test_a_student_drawn_from_a_config_has_the_revision_that_it_names(tiny_model, tmp_path, monkeypatch, pinned):
+    hub = tmp_path / "models--me--small"
+    for revision, layers in (("a" * 40, 2), ("b" * 40, 1)):
+        tiny_model("llama", num_hidden_layers=layers).config.save_pretrained(hub / "snapshots" / revision)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    student = load_student(StudentConfig(config="me/small", revision=pinned))
+    assert student.config.num_hidden_layers == (2 if pinned is None else 1)
 
 
 def test_random_student_has_the_shape_and_the_seed_it_was_given(tiny_model, saved):
