@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .text import IGNORED
 
-Reads = Callable[[list[list[int]], int], dict[str, Tensor]]
+Reads = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass
@@ -22,12 +22,12 @@ class KVCollator:
     segments [B, S] and rank [B, T]; where the teacher reads some of the rows alike, `distinct` and `again`, see
     `repetitions`. index is long, or float where it lies between positions; all are padded with -1.
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
-    a stored teacher the column of tokens by which its rows are found, and what reads them; found under `stored`.
+    a stored teacher, what reads rows; they are found under `stored`.
     """
 
     pad_token_id: int
     teacher_pad_ids: Mapping[str, int]
-    stores: Mapping[str, tuple[str, Reads]] = field(default_factory=dict)
+    stores: Mapping[str, Reads] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
@@ -45,10 +45,9 @@ class KVCollator:
             for name, pad in self.teacher_pad_ids.items()
             if f"{name}/index" in rows[0]  # evaluation rows have no teacher's columns
         }
-        for name, (column, read) in self.stores.items():
+        for name, read in self.stores.items():
             if name in batch["teachers"]:
-                ids = [row[column] for row in rows]
-                batch["teachers"][name]["stored"] = read(ids, max(map(len, ids)))
+                batch["teachers"][name]["stored"] = read(rows)
         return batch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def encode_rows(
     config: DataConfig,
     keep: Sequence[str] = (),
     time: TimeAlignment | None = None,
+    as_student: Collection[str] = (),
 ) -> Dataset:
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
@@ -83,7 +84,8 @@ def encode_rows(
     is of ints under time `same_text` and `truncate`, of floats else. `segment_aware` and `rkv` add segments and
     `<teacher>/segments`, and `rkv` adds `<teacher>/rank`: for a student position whose reasoning differs, of which of
     the teacher's selected reasoning positions, in time order, it is taught the keys and values; -1 elsewhere. The
-    longest rank + 1 is the row's budget.
+    longest rank + 1 is the row's budget. A teacher with a text of its own has `<teacher>/own_text`, a hash of that.
+    as_student: teachers that need not be aligned with such a text, since what they say of it is stored aligned.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed data set cannot be encoded ahead; load it without streaming=True.")
@@ -121,6 +123,9 @@ def encode_rows(
             result["task"] = text_of(row, "task")
         for name, reader in teachers.items():
             other = teacher_example(example, config.teacher_text.get(name), row, config)
+            if name in config.teacher_text:
+                result[f"{name}/own_text"] = text_key(other.completion)
+            other = example if name in as_student else other
             theirs = encode_as(other, reader)
             result[f"{name}/input_ids"] = theirs.input_ids
             result[f"{name}/labels"] = theirs.labels
@@ -143,6 +148,11 @@ def encode_rows(
     )  # fmt: skip
     supervised = worth_learning(encoded, list(teachers), options)
     return supervised if "task" in keep else number_tasks(supervised)
+
+
+def text_key(text: str) -> int:
+    """64 bits of a hash of a text, as a signed number: a column holds that."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def number_tasks(rows: Dataset) -> Dataset:

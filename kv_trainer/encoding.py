@@ -25,7 +25,7 @@ def stored_among(teachers: Mapping[str, Any]) -> dict[str, StoredTeacher]:
 def collator(reader: Reader, teachers: Mapping[str, Any]) -> KVCollator:
     """What makes batches of encoded rows, with the keys and values of stored teachers."""
     pads = {name: teacher.reader.tokenizer.pad_token_id for name, teacher in teachers.items()}
-    stored = {name: (teacher.column, teacher.read) for name, teacher in stored_among(teachers).items()}
+    stored = {name: teacher.read for name, teacher in stored_among(teachers).items()}
     return KVCollator(reader.tokenizer.pad_token_id, pads, stored)
 
 
@@ -79,10 +79,8 @@ def encoded(rows: Dataset, args: MultiTeacherKVConfig, reader: Reader, teachers:
     if has_text(rows):
         readers = {name: teacher.reader for name, teacher in teachers.items()}
         as_student = {name for name, teacher in stored.items() if not teacher.raw}
-        own_texts = {name: text for name, text in args.data.teacher_text.items() if name not in as_student}
         with encoding_first(args, rows) as data:
-            data = replace(data, teacher_text=own_texts)
-            rows = encode_rows(rows, reader, readers, data, time=args.alignment.time)
+            rows = encode_rows(rows, reader, readers, data, time=args.alignment.time, as_student=as_student)
     for teacher in stored.values():
         teacher.check_rows(rows)
     return rows

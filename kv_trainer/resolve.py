@@ -170,12 +170,12 @@ def own_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase 
 
 
 def resolve_teachers(
-    given: Mapping[str, Any], args: MultiTeacherKVConfig, reader: Reader, layers: int
+    given: Mapping[str, Any], args: MultiTeacherKVConfig, reader: Reader, layers: int, matched_by: str | None = None
 ) -> dict[str, Any]:
-    """A Teacher, or a StoredTeacher, of each. layers: how many of the student's have keys and values."""
+    """A Teacher, or a StoredTeacher, of each. layers, matched_by: see open_teacher."""
     weights = {name: getattr(teacher, "weight", 1.0) for name, teacher in given.items()}
     return {
-        name: open_teacher(name, teacher, args, reader, layers, weights)
+        name: open_teacher(name, teacher, args, reader, layers, weights, matched_by)
         if isinstance(teacher, TeacherConfig) and teacher.source == "store"
         else resolve_teacher(name, teacher, reader.tokenizer, args.device, args.seed)
         for name, teacher in given.items()

@@ -28,7 +28,7 @@ from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
 from .facts import recipe_of
 from .losses import CrossEntropy, LossInputs, needs_teacher
-from .manifest import describe_run
+from .manifest import describe_run, fingerprint
 from .models import stop_where_taught, whole_weights
 from .monitor import StepMonitor
 from .optimizer import add_missing, set_apart
@@ -100,7 +100,9 @@ class MultiTeacherKVTrainer(HubTrainer):
             student, self.reader = resolve_student(model, processing_class)
             stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
-            self.teachers = resolve_teachers(teachers or {}, args, self.reader, shape.num_layers if shape else 0)
+            self.matched_by = fingerprint(student) if args.alignment.layers.method == "cka" else None
+            layers = shape.num_layers if shape else 0
+            self.teachers = resolve_teachers(teachers or {}, args, self.reader, layers, self.matched_by)
             check_together(student, self.teachers, args.data.max_length if has_text(train_dataset) else 0)
         self.manifest = describe_run(student, self.reader, self.teachers, args, peft_config)  # while teachers are whole
         checkpoint_large_student(args, student)
@@ -109,7 +111,7 @@ class MultiTeacherKVTrainer(HubTrainer):
             student = add_adapters(student, peft_config)
         self._build_bridge(student, shape, args)
         train_dataset, eval_dataset = self._encode(train_dataset, eval_dataset, args, student.config.get_text_config())
-        ours = self._watchers(args, train_dataset, shape.num_layers if shape else 1)
+        ours = self._watchers(args, train_dataset, layers or 1)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         self.predictions: list[dict[str, Any]] = []
         if "logits" not in self.bridge.requires and args.ddp_find_unused_parameters is None:

@@ -74,6 +74,15 @@ def test_rows_are_found_by_key_whatever_their_order(tmp_path: Path) -> None:
 # ---- runs
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_rows_to_measure():
+    """Else these few rows would all be stored for every teacher."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("calibration.ROWS", "store.precompute.CALIBRATION_ROWS"):
+            patch.setattr(f"kv_trainer.{module}", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_tokenizer: Any) -> Path:
     """recipe.yaml on saved tiny models, and a store of it in 16 bits."""
@@ -225,6 +234,7 @@ def copied(home: Path, tmp_path: Path) -> list[str]:
         (["--store.bits", "8"], "store.bits is 8, but .*store was made with 16"),
         (["--store.form", "raw"], "store.form is raw, but .*store was made with aligned"),
         (["--teachers.deep", "null"], "weights.deep was 1.0, is not there"),
+        (["--teachers.fine.tokenizer", "./deep"], 'teachers.fine.loaded.tokenizer was not there, is ".*deep'),
         (["--data.max_length", "12"], "teachers.deep.text.max_length was 1024, is 12"),
     ],
 )
@@ -254,15 +264,88 @@ def test_a_store_of_before_weights_were_noted_is_read(home: Path, start, tmp_pat
     precompute(load_recipe(home / "recipe.yaml", settings))
 
 
-def test_texts_that_an_aligned_store_could_not_tell_apart_are_refused(home: Path, tmp_path: Path) -> None:
-    """Rows are found by what the student reads: the teacher's other text would be lost without a word."""
-    rows = [{**ROWS[0], "long": text} for text in ("because it is", "for another reason")]
+@pytest.mark.parametrize("form", ["aligned", "raw"])
+def test_a_tokenizer_that_changed_is_refused(home: Path, start, tmp_path: Path, tiny_tokenizer: Any, form: str) -> None:
+    moved = shutil.copytree(home / "fine", tmp_path / "fine")
+    settings = ["--teachers.fine.model", str(moved), "--store.path", str(tmp_path / "store"), "--store.form", form]
+    precompute(load_recipe(home / "recipe.yaml", settings))
+    tiny_tokenizer(17).save_pretrained(moved)
+    with pytest.raises(ValueError, match=r'teachers.fine.tokenizer was "\w+", is "\w+"'):
+        start(*settings, *STORED)
+
+
+def test_layers_that_were_matched_with_another_student_are_refused(home: Path, start, tmp_path: Path) -> None:
+    settings = ["--alignment.layers.method", "cka", "--store.path", str(tmp_path / "store")]
+    precompute(load_recipe(home / "recipe.yaml", settings))
+    assert_same(losses_of(start(*settings)), losses_of(start(*settings, *STORED)))
+    other = shutil.copytree(home / "student", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -x for name, x in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r'student.weights was "\w+", is "\w+"'):
+        start(*settings, *STORED, "--student.model", str(other))
+
+
+def test_a_raw_store_weighs_no_positions_by_its_teachers(home: Path, start, tmp_path: Path, raw: list[str]) -> None:
+    """Importance is a mean over the layers that a student is mapped to, and asks the queries of its segments."""
+    weighed = ["--losses.kv_relation.attention", "teacher"]
+    with pytest.raises(ValueError, match="has no importance, which this recipe needs"):
+        start(*raw, *weighed)
+    settings = [*weighed, "--store.form", "raw", "--store.path", str(tmp_path / "store")]
+    with pytest.raises(ValueError, match="A raw store has no importance of positions, which attention: teacher needs"):
+        precompute(load_recipe(home / "recipe.yaml", settings))
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_measured_first_is_stored_whoever_has_a_share_of_it(home: Path, start, tmp_path: Path) -> None:
+    """Projectors are standardised by the first rows of every teacher, also where a task is another one's alone."""
+    Dataset.from_list([{**row, "kind": "a" if i < 7 else "b"} for i, row in enumerate(ROWS)]).to_json(
+        tmp_path / "rows.jsonl"
+    )
+    settings = [*KV, "--fusion", "{method: task_wise, temperature: 0.001}", "--data.task", "'{kind}'",
+                "--data.path", str(tmp_path / "rows.jsonl"), "--store.path", str(tmp_path / "store")]  # fmt: skip
+    record = precompute(load_recipe(home / "recipe.yaml", settings))
+    assert record["left_out"] > 0
+    assert_same(losses_of(start(*settings)), losses_of(start(*settings, *STORED)))
+
+
+# ---- texts of its own
+
+
+@pytest.fixture
+def told_apart(tmp_path: Path) -> list[str]:
+    """Settings for rows of which teacher fine reads another completion; two have the same one for the student."""
+    rows = [{**row, "long": f" it is {row['completion']}"} for row in (*ROWS[:5], ROWS[0])]
+    rows[-1]["long"] = " for another reason"
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     settings = ["--data.path", str(tmp_path / "rows.jsonl"), "--data.teacher_text", "{fine: '{long}'}"]
-    settings += ["--alignment.time.method", "segment_aware", "--store.path", str(tmp_path / "store")]
-    with pytest.raises(ValueError, match="teacher fine different texts for rows that the student reads alike"):
-        precompute(load_recipe(home / "recipe.yaml", settings))
-    assert precompute(load_recipe(home / "recipe.yaml", [*settings, "--store.form", "raw"]))["bytes"] > 0
+    return [*settings, "--alignment.time.method", "segment_aware", "--store.path", str(tmp_path / "store")]
+
+
+def test_rows_that_the_student_reads_alike_are_told_apart_by_the_teachers_text(
+    home: Path, start, told_apart: list[str]
+) -> None:
+    precompute(load_recipe(home / "recipe.yaml", told_apart))
+    assert_same(losses_of(start(*told_apart)), losses_of(start(*told_apart, *STORED)))
+
+
+def test_a_text_that_changed_is_not_in_the_store(home: Path, start, tmp_path: Path, told_apart: list[str]) -> None:
+    precompute(load_recipe(home / "recipe.yaml", told_apart))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text().replace("for another reason", "for a third one"))
+    with pytest.raises(ValueError, match="Row 5 of the training data is not in the store of teacher 'fine'"):
+        start(*told_apart, *STORED)
+    with pytest.raises(ValueError, match='holds a store of something else: teachers.fine.data was "'):
+        precompute(load_recipe(home / "recipe.yaml", told_apart))
+
+
+def test_characters_of_several_tokens_are_aligned_as_they_were_stored(home: Path, start, tmp_path: Path) -> None:
+    texts = [(f" \u6570\u5b57 {i} \u00e9 #### \u4e94", f" \u5148\u305a {i} #### \u4e94") for i in range(6)]
+    rows = [{"prompt": f"{i} plus?", "completion": ours, "long": theirs} for i, (ours, theirs) in enumerate(texts)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    settings = ["--data.path", str(tmp_path / "rows.jsonl"), "--data.teacher_text", "{fine: '{long}'}",
+                "--alignment.time.method", "segment_aware", "--store.path", str(tmp_path / "store")]  # fmt: skip
+    precompute(load_recipe(home / "recipe.yaml", settings))
+    assert_same(losses_of(start(*settings)), losses_of(start(*settings, *STORED)))
 
 
 def test_teachers_that_all_processes_gather_cannot_store_rows_apart() -> None:
@@ -302,6 +385,30 @@ def test_a_damaged_shard_is_named_and_repaired_alone(home: Path, start, tmp_path
     assert [path.stat().st_mtime_ns != before[path][1] for path in shards] == [i in (1, 4) for i in range(6)]
     assert all(path.read_bytes() == before[path][0] for path in shards)
     start(*settings).train()
+
+
+def test_a_damaged_shard_is_not_called_whole(home: Path, tmp_path: Path) -> None:
+    """By writing the checksum of what lies there."""
+    settings = copied(home, tmp_path)
+    shard = tmp_path / "store/fine/00000.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-200] + bytes(200))
+    recipe = load_recipe(home / "recipe.yaml", settings)
+    with pytest.raises(ValueError, match=r"is damaged: fine/00000.safetensors; run kv-trainer precompute RECIPE --rep"):
+        precompute(recipe)
+    precompute(recipe, repair=True)
+    assert shard.read_bytes() == good
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_shard_cut_off_in_an_unfinished_store_is_written_again(home: Path, tmp_path: Path, repair: bool) -> None:
+    settings = copied(home, tmp_path)
+    (tmp_path / "store/store.json").unlink()
+    shard = tmp_path / "store/fine/00000.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-7])
+    precompute(load_recipe(home / "recipe.yaml", settings), repair=repair)
+    assert shard.read_bytes() == good
 
 
 def test_an_interrupted_precompute_goes_on(home: Path, tmp_path: Path) -> None:

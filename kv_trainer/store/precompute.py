@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,15 @@ from rich.progress import track
 from torch import Tensor
 
 from ..alignment.mapping import align
-from ..arguments import Recipe, StoreConfig
+from ..arguments import Recipe
+from ..calibration import ROWS as CALIBRATION_ROWS
 from ..files import write_text
-from ..fusion import method_of
-from ..manifest import differences, files_fingerprint, tokenizer_hash
 from ..profiling import clocks
 from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
-from .shards import FORMAT, RECORD, checksum, damaged, read_record, row_key, shard_figures, write_shard
-from .teacher import column_of, how_loaded, what_is_read
-
-BITS = 8
-BEGUN = "begun.json"  # what a store is being made of, until store.json is written
+from .begin import BEGUN, BITS, check_importance, check_same, describe, form_of, to_make_again
+from .shards import RECORD, checksum, shard_figures, write_shard
+from .teacher import key_of
 
 
 def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
@@ -48,12 +45,12 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     check_placement(trainer.teachers, trainer.args.world_size)
     begun = describe(trainer, recipe)
     check_same(folder, begun)
-    check_keys(trainer, raw)
+    check_importance(raw, trainer.bridge.teacher_needs())
+    bad = to_make_again(folder, repair)
     trainer.calibrate()
     for name, teacher in trainer.teachers.items():  # likelihoods too: they are cheap now, and every fusion may ask
         needs = replace(trainer.bridge.teacher_needs(), scores=len(trainer.teachers) > 1)
         teacher.prepare(teacher.shape.layer_numbers if raw else trainer.bridge.layer_maps[name].needed, needs)
-    bad = set(damaged(folder, read_record(folder), whole=True)) if repair else set()
     if trainer.is_world_process_zero():
         write_text(folder / BEGUN, json.dumps(begun, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
@@ -102,65 +99,6 @@ def check_placement(teachers: Mapping[str, Any], processes: int) -> None:
             )
 
 
-def check_keys(trainer: MultiTeacherKVTrainer, raw: bool) -> None:
-    """ValueError where rows that the student reads alike have texts of their own for a teacher: one would be lost."""
-    rows = trainer.train_dataset
-    for name in () if raw else trainer.args.data.teacher_text:
-        seen: dict[int, list[int]] = {}
-        for row in rows.select_columns(["input_ids", f"{name}/input_ids"]):
-            theirs = seen.setdefault(row_key(row["input_ids"]), row[f"{name}/input_ids"])
-            if theirs != row[f"{name}/input_ids"]:
-                raise ValueError(
-                    f"data.teacher_text gives teacher {name} different texts for rows that the student reads alike, "
-                    "and an aligned store finds rows by the student's text. Set store.form: raw, or keep one of them."
-                )
-
-
-def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
-    """What the store is of, known before it is written."""
-    args, shape = recipe.args, trainer.student_shape
-    needs, fusion = trainer.bridge.teacher_needs(), args.fusion
-    form = {} if form_of(args.store) == "raw" else {"num_layers": shape.num_layers, "kv_layers": []}
-    teachers = {
-        name: {
-            **{k: v for k, v in trainer.manifest["teachers"][name].items() if k != "weight"},
-            "asked_revision": recipe.teachers[name].revision, "chat": recipe.teachers[name].chat,
-            "files": files_fingerprint(str(recipe.teachers[name].model), recipe.teachers[name].revision),
-            "text": what_is_read(args.data, name), "loaded": how_loaded(recipe.teachers[name]),
-            "shape": {**asdict(teacher.shape), **form, "aligned": False},
-            "scores": len(trainer.teachers) > 1, "importance": needs.importance,
-        }
-        for name, teacher in trainer.teachers.items()
-    }  # fmt: skip
-    return {
-        "format": FORMAT, "form": form_of(args.store), "bits": args.store.bits or BITS,
-        "rows_per_shard": args.store.rows_per_shard,
-        "rows": len(trainer.train_dataset), "teachers": teachers, "alignment": asdict(args.alignment),
-        "student": {
-            "tokenizer": tokenizer_hash(trainer.processing_class), "chat": trainer.reader.chat,
-            "layers": shape.num_layers,
-        },
-        "fusion": {"method": method_of(fusion), **asdict(fusion)},
-        "weights": {name: teacher.weight for name, teacher in trainer.teachers.items()},
-    }  # fmt: skip
-
-
-def form_of(store: StoreConfig) -> str:
-    return store.form or "aligned"
-
-
-def check_same(folder: Path, begun: dict[str, Any]) -> None:
-    """ValueError if the folder holds, or was to hold, a store of something else."""
-    path = folder / BEGUN
-    if path.exists():
-        saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun))
-        for name, teacher in saved["teachers"].items():  # of an older version, which did not say
-            teacher.setdefault("files", now["teachers"].get(name, {}).get("files"))
-        found = differences(saved, now)
-        if found:
-            raise ValueError(f"{folder} holds a store of something else: {'; '.join(found)}. Give a new store.path.")
-
-
 def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, str], numbers: range) -> None:
     """One shard of each teacher in `names`, of these rows of the data set."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainer.teachers}
@@ -168,7 +106,7 @@ def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, st
     size = trainer.args.per_device_train_batch_size
     for first in range(numbers.start, numbers.stop, size):
         some = [trainer.train_dataset[i] for i in range(first, min(first + size, numbers.stop))]
-        for name, found, length in signals(trainer, some):
+        for name, found, length in signals(trainer, some, first):
             rows[name] += found
             raw[name] += length
     for name, file in names.items():
@@ -176,8 +114,13 @@ def write_rows(trainer: MultiTeacherKVTrainer, folder: Path, names: dict[str, st
 
 
 @torch.no_grad()
-def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
-    """Of some rows, teacher by teacher: what is stored of each, and the bytes of its own states in float16."""
+def signals(
+    trainer: MultiTeacherKVTrainer, rows: list[Any], first: int
+) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
+    """Of some rows, teacher by teacher: what is stored of each, and the bytes of its own states in float16.
+
+    first: the number of the first of them. Those that calibration reads are stored whole, whoever has a share of them.
+    """
     batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(rows))
     panel, bridge = trainer.panel, trainer.bridge
     said = {name: t.signal(batch["teachers"][name]) for name, t in trainer.teachers.items()}
@@ -193,13 +136,14 @@ def signals(trainer: MultiTeacherKVTrainer, rows: list[Any]) -> Iterator[tuple[s
             states, weighs = aligned.kv, aligned.importance
         width = sum(x[0].shape[0] * x[0].shape[-1] for k, v in zip(signal.kv.keys, signal.kv.values) for x in (k, v))
         flat = {part: flattened(getattr(states, part)) for part in ("keys", "values")}
-        found, column = [], column_of(name, form_of(trainer.args.store))
+        found = []
         for b, row in enumerate(rows):
-            asked = shares is None or bool(shares[number, b] > 0)  # a row without a share is never asked for
+            measured = first + b < CALIBRATION_ROWS
+            asked = shares is None or measured or bool(shares[number, b] > 0)  # else it is never asked for
             position = states.mask[b].nonzero()[:, 0] if asked else torch.zeros(0, dtype=torch.long)
             position = position.to(batch["labels"].device)
             found.append({
-                "key": row_key(row[column]), "position": position.cpu(), "asked": asked,
+                "key": key_of(row, name, form_of(trainer.args.store)), "position": position.cpu(), "asked": asked,
                 "nll": None if signal.nll is None else signal.nll[b].cpu(),
                 "entropy": None if signal.entropy is None else signal.entropy[b].cpu(),
                 "importance": None if weighs is None else weighs[b][position].cpu(),

@@ -22,9 +22,9 @@ PARTS = ("keys", "values")
 FIGURES = ("raw_bytes", "errors", "squares", "left_out")
 
 
-def row_key(input_ids: Sequence[int]) -> int:
-    """What a row is found by, whatever its place in the data set: a hash of the student's tokens."""
-    data = numpy.asarray(input_ids, dtype=numpy.int64).tobytes()
+def row_key(input_ids: Sequence[int], own_text: int | None = None) -> int:
+    """What a row is found by, whatever its place in the data set: a hash of tokens, and of a text's key (data.py)."""
+    data = numpy.asarray([*input_ids, *([] if own_text is None else [own_text])], dtype=numpy.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -62,6 +62,15 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], bits: int, raw_by
 def shard_figures(path: Path) -> dict[str, float]:
     with safe_open(path, framework="pt") as file:
         return dict(zip(FIGURES, file.get_tensor("figures").tolist()))
+
+
+def opens(path: Path) -> bool:
+    """Whether a shard is one, as far as its header and size say."""
+    try:
+        shard_figures(path)
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def checksum(path: Path) -> str:

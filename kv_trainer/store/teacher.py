@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..arguments import DataConfig, MultiTeacherKVConfig, StoreConfig, TeacherCo
 from ..data import Reader
 from ..fusion import method_of
 from ..manifest import differences, files_fingerprint, tokenizer_hash
+from ..model_checks import is_here
 from ..models import load_tokenizer
 from ..teachers import TeacherNeeds
 from ..types import KVShape, KVStates, TeacherSignal
@@ -33,15 +35,23 @@ class StoredTeacher:
     def __init__(self, name: str, record: Mapping[str, Any], folder: Path, reader: Reader, weight: float) -> None:
         told = record["teachers"][name]
         self.name, self.told, self.reader, self.weight = name, told, reader, weight
-        self.raw = record["form"] == "raw"
+        self.form = record["form"]
         self.shape = shape_in(record, name)
-        self.column = column_of(name, record["form"])
         self.aligned_share: float | None = None if self.raw else told["aligned_share"]
         self.store = StoreReader(folder, [s for s in record["shards"] if s.startswith(f"{name}/")])
         self.channels = told["channels"]
         self.needs = TeacherNeeds()
         pace = record.get("seconds_a_row") or {}  # of all teachers of the store together
         self.pass_seconds = {clock: seconds * record["rows"] for clock, seconds in pace.items()}
+
+    @property
+    def raw(self) -> bool:
+        return self.form == "raw"
+
+    @property
+    def tokens(self) -> str:
+        """The column of encoded rows that has a token for each stored position, or may have."""
+        return f"{self.name}/input_ids" if self.raw else "input_ids"
 
     def describe(self) -> dict[str, Any]:
         """As in the manifest of a run with the live teacher, so that either may go on with the other's checkpoint."""
@@ -53,17 +63,19 @@ class StoredTeacher:
 
     def prepare(self, layers: tuple[int, ...], needs: TeacherNeeds) -> None:
         """ValueError for what is not stored."""
-        check_has(self.name, self.told, needs)
+        check_has(self.name, self.told, needs, self.form)
         self.needs = needs
 
-    def read(self, rows: list[list[int]], length: int) -> dict[str, Tensor]:
-        """For the collator: what is stored of rows of tokens, those of `column`. KeyError for a row that is not."""
-        return self.store.read([row_key(ids) for ids in rows], length)
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """For the collator: what is stored of encoded rows. KeyError for a row that is not."""
+        length = max(len(row[self.tokens]) for row in rows)
+        return self.store.read([key_of(row, self.name, self.form) for row in rows], length)
 
     def check_rows(self, rows: Dataset) -> None:
         """ValueError if a row of encoded data is not stored."""
-        for number, ids in enumerate(rows[self.column]):
-            if row_key(ids) not in self.store:
+        columns = {self.tokens, f"{self.name}/own_text"} & set(rows.column_names)
+        for number, row in enumerate(rows.select_columns(sorted(columns))):
+            if key_of(row, self.name, self.form) not in self.store:
                 raise ValueError(
                     f"Row {number} of the training data is not in the store of teacher '{self.name}': the data or its "
                     "encoding changed; run kv-trainer precompute RECIPE into a new folder."
@@ -79,8 +91,8 @@ class StoredTeacher:
         states = KVStates(found["keys"], found["values"], some["mask"], self.shape.layer_numbers, self.shape.num_layers)
         asked = scores and self.needs.scores
         return TeacherSignal(
-            states, batch["index"], some["nll"] if asked else None, rows, some["entropy"] if asked else None,
-            some["importance"] if self.needs.importance and weighing else None,
+            states, batch["index"] if self.raw else places(stored["mask"]), some["nll"] if asked else None, rows,
+            some["entropy"] if asked else None, some["importance"] if self.needs.importance and weighing else None,
         )  # fmt: skip
 
     def _states(self, stored: Mapping[str, Tensor], part: str) -> tuple[Tensor, ...]:
@@ -88,6 +100,11 @@ class StoredTeacher:
         x = restore(data, stored.get(f"{part}.low"), stored.get(f"{part}.step"), self.channels[part])
         x = x.unflatten(-1, (len(self.shape.layer_numbers), self.shape.num_kv_heads, -1))  # [B, T, L, H, D]
         return tuple((x * stored["mask"][..., None, None, None]).permute(2, 0, 3, 1, 4))
+
+
+def places(mask: Tensor) -> Tensor:
+    """[B, T]: every position is its own. Which of them a teacher speaks of, the mask says."""
+    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
 
 def shape_in(record: Mapping[str, Any], name: str) -> KVShape:
@@ -107,13 +124,14 @@ def stored_shapes(names: Sequence[str], config: StoreConfig) -> dict[str, KVShap
     return {name: shape_in(record, name) for name in names}
 
 
-def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds) -> None:
+def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds, form: str) -> None:
     """ValueError for what the losses and the fusion ask of a teacher and its store does not have.
 
     told: of the store, whether there is `importance` and whether there are `scores`.
     """
+    weighed = told["importance"] and form != "raw"  # it is a mean over the layers that one student is mapped to
     live = {"logits": needs.final, "queries": needs.queries, "hidden states": needs.hidden,
-            "attention for R-KV": needs.mass, "importance": needs.importance and not told["importance"],
+            "attention for R-KV": needs.mass, "importance": needs.importance and not weighed,
             "likelihoods": needs.scores and not told["scores"]}  # fmt: skip
     missing = [what for what, wanted in live.items() if wanted]
     if missing:
@@ -137,16 +155,24 @@ def check_stored(names: Sequence[str], config: StoreConfig, needs: TeacherNeeds)
         return []
     folder = Path(str(config.path))
     there = (folder / RECORD).exists()
-    expected = {"teachers": dict.fromkeys(names, {"importance": True, "scores": True})}
-    known = read_record(folder) if there else expected
+    if there:
+        record = read_record(folder)
+        form, known = record["form"], record["teachers"]
+    else:
+        form, known = config.form or "aligned", dict.fromkeys(names, {"importance": True, "scores": True})
     for name in names:
-        check_has(name, known["teachers"][name], needs)
+        check_has(name, known[name], needs, form)
     return [] if there else [f"store.path {folder} holds no store yet: kv-trainer precompute makes it."]
 
 
-def column_of(name: str, form: str) -> str:
-    """The tokens of encoded rows by which a store of this form finds them."""
-    return f"{name}/input_ids" if form == "raw" else "input_ids"
+def key_of(row: Mapping[str, Any], name: str, form: str) -> int:
+    """By what a store of this form finds an encoded row.
+
+    Raw, what the teacher reads; aligned, what the student reads and, where the teacher has a text of its own, that.
+    """
+    if form == "raw":
+        return row_key(row[f"{name}/input_ids"])
+    return row_key(row["input_ids"], row.get(f"{name}/own_text"))
 
 
 def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
@@ -156,8 +182,19 @@ def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
 
 
 def how_loaded(given: TeacherConfig) -> dict[str, Any]:
-    """The settings that decide with which precision a teacher's weights are what they are."""
-    return {"dtype": given.dtype, "quantization": given.quantization}
+    """The settings that decide how a teacher's weights are rounded, and how it reads, besides its name."""
+    tokenizer = None if given.tokenizer is None else name_of(given.tokenizer)
+    return {"dtype": given.dtype, "quantization": given.quantization, "tokenizer": tokenizer}
+
+
+def tokenizer_here(given: TeacherConfig) -> str | None:
+    """The hash of a teacher's tokenizer where it is on this machine, which a stored teacher's need not be."""
+    place = given.tokenizer or str(given.model)
+    if not is_here(place, "tokenizer_config.json", given.revision if given.tokenizer is None else None):
+        return None
+    with suppress(OSError, ValueError):  # a folder of weights alone
+        return tokenizer_hash(load_tokenizer(given))
+    return None
 
 
 def name_of(model: str) -> str:
@@ -167,11 +204,12 @@ def name_of(model: str) -> str:
 
 def open_teacher(
     name: str, given: TeacherConfig, args: MultiTeacherKVConfig, reader: Reader, layers: int,
-    weights: Mapping[str, float],
+    weights: Mapping[str, float], matched_by: str | None = None,
 ) -> StoredTeacher:  # fmt: skip
     """The stored teacher that a recipe asks for. ValueError if the store is damaged, or of anything else.
 
-    layers: how many of the student's have keys and values. weights: of all teachers of the recipe, by name.
+    layers: how many of the student's have keys and values. weights: of all teachers of the recipe, by name. matched_by:
+    the fingerprint of the student whose layers are matched with a teacher's, where they are.
     """
     folder = Path(str(args.store.path))
     record = read_record(folder)
@@ -185,7 +223,10 @@ def open_teacher(
         reader = Reader(load_tokenizer(given), given.chat)
     now = {
         "alignment": asdict(args.alignment),
-        "student": {"tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers},
+        "student": {
+            "tokenizer": tokenizer_hash(reader.tokenizer), "chat": reader.chat, "layers": layers,
+            **({} if matched_by is None else {"weights": matched_by}),
+        },
         "teachers": {name: {
             "model": name_of(str(given.model)), "revision": given.revision, "chat": given.chat,
             "text": what_is_read(args.data, name), "loaded": how_loaded(given),
@@ -196,13 +237,15 @@ def open_teacher(
         "alignment": record["alignment"], "student": record["student"],
         "teachers": {name: {
             "model": told["model"], "revision": told["asked_revision"], "chat": told["chat"],
-            "text": told["text"], "loaded": told.get("loaded", how_loaded(given)), "random": told.get("random"),
+            "text": told["text"], "loaded": {**how_loaded(given), **told.get("loaded", {})},
+            "random": told.get("random"),
         }},
     }  # fmt: skip
-    if record["form"] == "raw":  # of any student; but the teacher must read what it read then
-        for said, tokenizer in ((now, tokenizer_hash(reader.tokenizer)), (saved, told["tokenizer"])):
+    if record["form"] == "raw":  # of any student
+        for said in (now, saved):
             del said["alignment"], said["student"]
-            said["teachers"][name]["tokenizer"] = tokenizer
+    if tokenizer := tokenizer_here(given):  # the teacher must read what it read then
+        now["teachers"][name]["tokenizer"], saved["teachers"][name]["tokenizer"] = tokenizer, told["tokenizer"]
     files = files_fingerprint(str(given.model), given.revision)
     if files and told.get("files"):  # two models may lie in folders of one name
         now["teachers"][name]["weights"], saved["teachers"][name]["weights"] = files, told["files"]
