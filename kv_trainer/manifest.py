@@ -25,7 +25,7 @@ from .adapters import peft_section
 from .arguments import MultiTeacherKVConfig, ProjectorConfig
 from .files import write_text
 from .fusion import method_of
-from .losses import LOSSES
+from .losses import LOSSES, GradientShare
 from .recipe_values import plain
 
 if TYPE_CHECKING:
@@ -42,8 +42,13 @@ SCHEDULE = (
     "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
     "freeze", "accumulation",
 )  # fmt: skip
+ROWS = (  # decide which rows come next, and how they are computed
+    "data_seed", "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "neftune_noise_alpha", "bf16",
+    "fp16",
+)
 SHAPES = ("bridge", "resting")  # of the bridge's tensors, which follow from the settings
-FREE = ("losses", "data", "seed", "step", "schedule")  # what a resume may change, as long as it is told
+FREE = ("losses", "data", "seed", "step", "schedule", "training")  # what a resume may change, as long as it is told
+ADDED = ("optimizer", "schedule", "training", "order")  # sections that older manifests lack, or a part of them
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
 
 
@@ -123,14 +128,21 @@ def describe_run(
         "control": asdict(args.control),
         "data": data,
         "losses": {name: asdict(loss) for name, loss in args.losses.items()},
+        "order": {"teachers": list(teachers), "losses": list(args.losses) if follows_gradients(args) else []},
         "optimizer": {name: plain(getattr(args, name)) for name in OPTIMIZER},
         "schedule": {name: plain(getattr(args, name)) for name in SCHEDULE},
+        "training": {name: plain(getattr(args, name, None)) for name in ROWS},
         "seed": args.seed,
         "step": {
             "processes": args.world_size, "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         },
     }  # fmt: skip
+
+
+def follows_gradients(args: MultiTeacherKVConfig) -> bool:
+    """Whether some weight is measured: what was, is kept loss by loss, in their order, as shares are of teachers."""
+    return any(isinstance(loss.weight, GradientShare) for loss in args.losses.values())
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -178,7 +190,10 @@ def check_match(folder: Path, manifest: Mapping[str, Any], sharded: bool, main: 
         raise ValueError(f"{folder} has no {MANIFEST_FILE}: it was not written by kv_trainer, or not to its end.")
     now = json.loads(json.dumps(manifest))  # as JSON has it
     saved = completed(json.loads(path.read_text(encoding="utf-8")))
-    saved |= {key: {**now[key], **saved.get(key, {})} for key in ("optimizer", "schedule")}  # of an older version
+    saved |= {key: {**now[key], **saved.get(key, {})} for key in ADDED}  # of an older version
+    for what, names in now["order"].items():  # of others than these something else is told
+        if sorted(saved["order"][what]) != sorted(names):
+            saved["order"][what] = names
     for told in (saved, now):  # the hash of its weights says which teacher it is, wherever it came from
         for teacher in told.get("teachers", {}).values():
             teacher.pop("model", None), teacher.pop("revision", None)

@@ -178,7 +178,7 @@ def test_knobs_that_an_older_version_did_not_have_were_as_by_default(world: Worl
     path = run / "checkpoint-3" / MANIFEST_FILE
     saved = json.loads(path.read_text())
     del saved["projector"]["activation"], saved["losses"]["kv"]["layers"], saved["resting"], saved["optimizer"]
-    del saved["schedule"]
+    del saved["schedule"], saved["training"], saved["order"]
     path.write_text(json.dumps(saved))
     world.trainer(run, losses(), **SAVING).train(resume_from_checkpoint=True)
     assert "the rest of the run is not what it would have been" not in caplog.text
@@ -193,6 +193,20 @@ def test_other_layers_of_the_maps_are_refused(world: World, run: Path) -> None:
     changed["kv"] = replace(changed["kv"], layers=[1])
     with pytest.raises(ValueError, match="checkpoint-3 is of another run: .*resting was "):
         world.trainer(run, changed, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_teachers_in_another_order_are_refused(world: World, run: Path) -> None:
+    """What is learned of them, as by a router, is kept in their order."""
+    teachers = dict(reversed(world.teachers().items()))
+    with pytest.raises(ValueError, match=r'order.teachers was \["fine", "deep"\], is \["deep", "fine"\]'):
+        world.trainer(run, losses(), teachers=teachers, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_losses_in_another_order_are_refused_where_their_weights_are_measured(world: World, tmp_path: Path) -> None:
+    world.trainer(tmp_path, losses(GradientShare(0.3)), **SAVING).train()
+    other = dict(reversed(losses(GradientShare(0.3)).items()))
+    with pytest.raises(ValueError, match=r'order.losses was \["cross_entropy", "kv"\], is \["kv", "cross_entropy"\]'):
+        world.trainer(tmp_path, other, **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_another_control_or_other_adapters_are_refused(world: World, run: Path, tmp_path: Path) -> None:
@@ -237,9 +251,15 @@ def test_what_a_resume_may_change_is_told(world: World, run: Path, caplog: pytes
         ({"max_grad_norm": 0.5}, "schedule.max_grad_norm was 1.0, is 0.5"),
         ({"warmup_steps": 2}, "schedule.warmup_steps was 0, is 2"),
         ({"freeze": FreezeConfig(attention=True, until_step=1)}, "schedule.freeze.until_step was not there, is 1"),
+        ({"data_seed": 7}, "training.data_seed was not there, is 7"),
+        ({"neftune_noise_alpha": 5.0}, "training.neftune_noise_alpha was not there, is 5.0"),
+        ({"ignore_data_skip": True}, "training.ignore_data_skip was false, is true"),
+        ({"bf16": True}, "training.bf16 was false, is true"),
     ],
 )
-def test_another_schedule_is_told(world: World, run: Path, caplog: Any, change: dict[str, Any], told: str) -> None:
+def test_another_schedule_or_order_of_rows_is_told(
+    world: World, run: Path, caplog: Any, change: dict[str, Any], told: str
+) -> None:
     with caplog.at_level(logging.WARNING):
         world.trainer(run, losses(), **{**SAVING, **change}).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert told in caplog.text
