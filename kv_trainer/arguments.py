@@ -376,6 +376,8 @@ class MultiTeacherKVConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         unsaid = all(getattr(self, name) is None for name in CHECKPOINTING)
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("perplexity"):
+            self.greater_is_better = False  # TrainingArguments knows this of losses alone
         super().__post_init__()
         for name in CHECKPOINTING if unsaid else ():
             setattr(self, name, None)

@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.function(options, overrides)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # ImportError: of what a setting needs
         # torch tells of a killed loader worker by a RuntimeError; any other of them is our own mistake.
         if options.traceback or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise

@@ -126,7 +126,8 @@ def train(
         how = f"{args.metric_for_best_model} {trainer.state.best_metric:.4g}"
         console.print(f"back to {Path(best).name} of {trainer.state.global_step} steps: {how}", highlight=False)
     last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
-    results = {**fit.metrics, **last, "peak_memory_mb": peak_memory_mb()}
+    took = told_before(folder) if trainer.ended else {**fit.metrics, "peak_memory_mb": peak_memory_mb()}
+    results = {**took, **last}
     trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow
     if trainer.eval_dataset is not None:
         results.update(trainer.evaluate())
@@ -142,6 +143,13 @@ def train(
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def told_before(folder: Path) -> dict[str, float]:
+    """What training took, of a run that had come to its end before: as its results say, if it got as far as these."""
+    path = folder / RESULTS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: value for name, value in found.items() if name.startswith("train_") or name == "peak_memory_mb"}
 
 
 def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:

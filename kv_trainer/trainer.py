@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import profiling
@@ -51,6 +59,7 @@ from .row_checks import aligned_share
 from .teachers import Teacher
 from .text import turn_end
 
+logger = logging.getLogger(__name__)
 GRACE = 3.0  # seconds until the end of a loader worker is known
 
 
@@ -153,6 +162,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
         self.matched = False  # whether layers are, by CKA
+        self.ended = False  # whether a resumed run had nothing left to do
 
     def _encode(
         self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig, student: PreTrainedConfig
@@ -221,12 +231,34 @@ class MultiTeacherKVTrainer(HubTrainer):
         return batches, num_items
 
     def set_initial_training_values(self, args: Any, dataloader: Any):
+        if hasattr(dataloader, "__len__") and not len(dataloader):
+            raise ValueError(
+                f"Nothing would be trained: {len(self.train_dataset)} rows are fewer than a batch of "
+                f"{args.train_batch_size * args.world_size}, and training.dataloader_drop_last drops what is left over."
+            )
         values = super().set_initial_training_values(args, dataloader)
         return self.growth.run_values(args, values) if self.growth else values
 
-    def _init_training_state(self, *args: Any, **kwargs: Any):
-        found = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint: Any, trial: Any):
+        """Also once more where a batch size did not fit, and all begins anew."""
+        found = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
+        self.monitor.restart()
+        self.routing.restart(Path(str(checkpoint)) if checkpoint else None, self.is_world_process_zero())
+        self.ended = bool(self.state.global_step) and self._has_ended(max_steps)
+        if self.ended:
+            logger.warning("%s is the end of its run: nothing is left to train.", Path(str(checkpoint)).name)
+            return epochs, 0  # Trainer would take a further step, and only then look
         return self.growth.position(self.state.global_step) if self.growth else found
+
+    def _has_ended(self, max_steps: int) -> bool:
+        """Whether a run that goes on from a checkpoint had come to its end there, or was stopped early."""
+        stops = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        given = self.args.early_stopping
+        if given.patience is not None:
+            for stop in stops:  # it came back as it was, with its own patience
+                stop.early_stopping_patience, stop.early_stopping_threshold = given.patience, given.threshold
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stops)
+        return stopped or self.state.global_step >= max_steps
 
     def _prepare_input(self, data: Any) -> Any:
         """A batch on its device, as it is: Trainer would cast all floats to the dtype of a DeepSpeed engine's weights,
@@ -280,6 +312,8 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
+        if self.ended and "train_runtime" in logs:  # of no step
+            return
         if "loss" in logs:
             step = self.state.global_step
             logs |= self.monitor.logs(self.accelerator, step, step / max(1, self.state.max_steps))
@@ -349,9 +383,6 @@ class MultiTeacherKVTrainer(HubTrainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        self.monitor.restart()
-        folder = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-        self.routing.restart(folder, self.is_world_process_zero())
         if self.taught:
             self.calibrate()
         try:

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_trainer import World, curve
+from datasets import Dataset
+from helpers_trainer import ROWS, World, curve, weights
 from peft import LoraConfig
 from torch import nn
 
 from kv_trainer.arguments import (
     AlignmentConfig,
     ControlConfig,
+    EarlyStoppingConfig,
     FreezeConfig,
     LayerAlignment,
     ProjectorConfig,
     TeacherConfig,
 )
+from kv_trainer.callbacks import read_metrics
 from kv_trainer.checkpoints import BRIDGE_FILE
 from kv_trainer.checks import check_arguments
 from kv_trainer.data import Reader
@@ -103,6 +106,75 @@ def test_resume_passes_half_a_checkpoint_by_and_says_so(
         trainer.find_checkpoint(str(run / "checkpoint-3"))
     trainer.train(resume_from_checkpoint=True)
     assert last_whole(run)[0] == run / "checkpoint-3"
+
+
+# ---- runs that have ended
+
+
+def test_a_run_that_has_ended_is_not_trained_on(world: World, tmp_path: Path, caplog: Any) -> None:
+    """In the middle of an epoch too: Trainer alone would take a step more with every call."""
+    options = {**SAVING, "max_steps": 2}
+    first = world.trainer(tmp_path, losses(), **options)
+    first.train()
+    again = world.trainer(tmp_path, losses(), **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2 and "checkpoint-2 is the end of its run" in caplog.text
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+    assert "train_loss" not in again.state.log_history[-1], "of no step"
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(1, 2), (2, 3)])
+def test_a_run_that_was_stopped_early_goes_on_with_more_patience_alone(
+    world: World, tmp_path: Path, patience: int, ends: int
+) -> None:
+    def stopping(patience: int) -> Any:
+        options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 8}
+        early = EarlyStoppingConfig(patience, threshold=1e9)  # nothing is a gain
+        rows = Dataset.from_list([{**row, "answer": ""} for row in ROWS])
+        return world.trainer(tmp_path, losses(), eval_rows=rows, early_stopping=early, **{**SAVING, **options})
+
+    stopping(1).train()
+    again = stopping(patience)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == ends
+
+
+def test_what_is_logged_of_an_epoch_is_that_of_an_uninterrupted_run(world: World, tmp_path: Path) -> None:
+    """Also where the checkpoint lies between two logs."""
+    options = {"max_steps": 6, "logging_steps": 10, "save_strategy": "steps", "save_steps": 2}
+    world.trainer(tmp_path, losses(), **options).train()
+    path = tmp_path / "metrics.jsonl"
+    whole = [row for row in read_metrics(path) if row.get("event") == "epoch_end"]
+    world.trainer(tmp_path, losses(), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed = [row for row in read_metrics(path) if row.get("event") == "epoch_end"]
+    assert [row["step"] for row in whole] == [row["step"] for row in resumed] == [3, 6]
+    for one, other in zip(whole, resumed, strict=True):
+        for name in ("mean_loss", "perplexity"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_an_attempt_that_did_not_fit_is_not_logged_with_the_next(world: World, tmp_path: Path) -> None:
+    trainer = world.trainer(tmp_path, losses(), auto_find_batch_size=True, max_steps=4, logging_steps=2)
+    real, calls = trainer.compute_loss, []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return real(*args, **kwargs)
+
+    trainer.compute_loss = full
+    trainer.train()
+    for log in curve(trainer):
+        assert log["loss"] == pytest.approx(log["loss_cross_entropy"] + 0.5 * log["loss_kv"], rel=1e-4)
+
+
+def test_rows_that_do_not_fill_a_batch_are_an_error_where_it_would_be_dropped(world: World, tmp_path: Path) -> None:
+    trainer = world.trainer(tmp_path, per_device_train_batch_size=16, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="Nothing would be trained: 10 rows are fewer than a batch of 16"):
+        trainer.train()
 
 
 def test_nothing_to_resume_from(world: World, tmp_path: Path) -> None:

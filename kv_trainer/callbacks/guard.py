@@ -94,7 +94,8 @@ class FiniteGuard(TrainerCallback):
     """Always on: the trainer calls `watch` after every micro-batch's forward pass, and the check is here, once a step.
 
     The check is before the optimizer moves anything, waits for the device once, and stops all ranks together. Weights
-    are looked at only where a save or an evaluation follows: a gradient can be broken where the loss is not.
+    are looked at only where a save or an evaluation follows, and at the end: a gradient can be broken where the loss is
+    not.
     """
 
     def __init__(self) -> None:
@@ -131,6 +132,12 @@ class FiniteGuard(TrainerCallback):
             check_weights(model, state.global_step)
 
     on_epoch_end = on_step_end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if model is not None:  # whoever trained it will save it, or ask it something
+            check_weights(model, state.global_step)
 
 
 def check_weights(model: torch.nn.Module, step: int) -> None:

@@ -97,7 +97,10 @@ class MetricsFile(TrainerCallback):
             self.rates = group_rates(self.groups, optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log before a checkpoint: a run that goes on from it knows nothing of the steps since the last."""
         self._lap()
+        if control.should_save and args.logging_strategy != "no" and state.global_step != self.logged_step:
+            control.should_log = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.mark = time.monotonic()

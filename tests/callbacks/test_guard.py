@@ -114,3 +114,11 @@ def test_a_broken_gradient_of_a_finite_loss_is_not_saved_either(tmp_path: Path, 
         built.train()
     assert f"checkpoint-{last}" not in os.listdir(tmp_path)
     assert f"checkpoint-{last - (1 if when == 'steps' else 7)}" in os.listdir(tmp_path)
+
+
+def test_a_broken_gradient_of_the_last_step_is_told_though_nothing_is_saved_there(tmp_path: Path) -> None:
+    """The weights of the end are saved by whoever trained them."""
+    built = trainer(tmp_path, save_strategy="no", max_steps=3)
+    built.model.model.norm.weight.register_hook(lambda grad: grad * (math.nan if built.state.global_step == 2 else 1))
+    with pytest.raises(NonFiniteLoss, match="Step 3: weights are not finite"):
+        built.train()

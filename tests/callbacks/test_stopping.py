@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_callbacks import Wired, trainer
+from helpers_callbacks import Wired, arguments, trainer
 from transformers import EarlyStoppingCallback
 
 from kv_trainer.arguments import EarlyStoppingConfig
@@ -57,12 +57,21 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     [
         ({}, r"add eval_strategy: steps \(or epoch\) and load_best_model_at_end: true\."),
         ({"eval_strategy": "epoch"}, r"add load_best_model_at_end: true\."),
-        ({**WATCHED, "metric_for_best_model": "perplexity"}, r"perplexity, which falls; set training.greater"),
+        ({**WATCHED, "metric_for_best_model": "perplexity", "greater_is_better": True}, "which falls; set training.gre"),
     ],
 )
 def test_what_it_needs_is_one_error(tmp_path: Path, settings: dict[str, Any], missing: str) -> None:
     with pytest.raises(ValueError, match=missing):
         trainer(tmp_path, early_stopping=EarlyStoppingConfig(patience=3), **settings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("perplexity", False), ("eval_math_perplexity", False), ("eval_loss", False), ("accuracy", True), (None, None)],
+)
+def test_whether_more_is_better_is_known(tmp_path: Path, metric: str | None, greater: bool | None) -> None:
+    """TrainingArguments takes whatever does not end in loss for something that rises."""
+    assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater
 
 
 def test_nothing_asked_for_is_nothing_added(tmp_path: Path) -> None:
