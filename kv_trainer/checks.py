@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 
+from datasets import Dataset
+
 from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
 from .fusion import Confidence, Fixed, Router
 from .losses import KVRelationLoss, LayerwiseLoss, needs_teacher
@@ -94,6 +96,17 @@ def check_wrong(args: MultiTeacherKVConfig) -> None:
         )
     if args.label_smoothing_factor:
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")
+
+
+def check_best_task(args: MultiTeacherKVConfig, rows: Dataset | None) -> None:
+    """ValueError if the best checkpoint is to be told by a task that no evaluated row has."""
+    name = str(args.metric_for_best_model).removeprefix("eval_")
+    if rows is None or not name.startswith("accuracy_") or name == "accuracy_macro":
+        return
+    tasks = sorted(str(task) for task in rows.unique("task")) if "task" in rows.column_names else []
+    if name.removeprefix("accuracy_") not in tasks:
+        known = f"they are {', '.join(tasks)}" if tasks else "the rows have none"
+        raise ValueError(f"training.metric_for_best_model is {name}, but no task of that name is evaluated; {known}.")
 
 
 def ignored_of_projector(args: MultiTeacherKVConfig) -> list[str]:

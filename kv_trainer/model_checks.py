@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ModelConfig
 
 # Families, of those that can be captured, with a table of positions.
 LEARNED_POSITIONS = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt")
+
+
+def check_name(name: Any, where: str = "") -> None:
+    """ValueError for a teacher's name that cannot be part of a file's and a module's. where: its place in a recipe."""
+    place = f"{name!r} {where}".rstrip()
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"The teacher {place} needs a name of letters, digits, _ and - only.")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"The teacher {place} needs another name: torch has a use of its own for this one.")
 
 
 def is_here(name: str, file: str, revision: str | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from string import Formatter
+from typing import Any
 
 from .answers import RULES
 from .arguments import Recipe, StudentConfig
@@ -11,7 +12,7 @@ from .balance import check_reference
 from .callbacks import check_callbacks
 from .losses import LOSSES, needs_teacher
 from .recipe_tree import Node, RecipeError
-from .recipe_values import suggest
+from .recipe_values import plain, suggest
 
 MEASURED = ("loss", "perplexity", "accuracy", "accuracy_macro")  # by an evaluation, besides each task's accuracy
 TRACKERS = ("tensorboard", "wandb", "mlflow", "clearml", "trackio")  # that are called as their packages are
@@ -125,9 +126,36 @@ def check_best(recipe: Recipe, tree: Node) -> None:
         raise RecipeError(f"training.metric_for_best_model {where} is '{name}', which needs evaluation.generate: true.")
 
 
+def check_schedule(recipe: Recipe, tree: Node) -> None:
+    """The schedule with its settings, made once; Trainer would make it when all is loaded."""
+    import torch
+    from transformers.optimization import get_scheduler
+
+    args, steps = recipe.args, 10**6
+    knobs: Any = args.lr_scheduler_kwargs
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    try:
+        get_scheduler(args.lr_scheduler_type, dummy, 1, steps, scheduler_specific_kwargs=knobs)
+    except (TypeError, ValueError) as error:
+        where, names = tree.at("training", "lr_scheduler_type"), ", ".join(knobs or ()) or "nothing"
+        raise RecipeError(
+            f"training.lr_scheduler_type {where} is {plain(args.lr_scheduler_type)}, which cannot be made with "
+            f"lr_scheduler_kwargs of {names}: {str(error).rstrip('.')}."
+        ) from error
+
+
 def check_compiler(recipe: Recipe, tree: Node) -> None:
-    backend = recipe.args.torch_compile_backend
-    if not recipe.args.torch_compile or backend in (None, "inductor"):
+    backend, mode = recipe.args.torch_compile_backend, recipe.args.torch_compile_mode
+    if not recipe.args.torch_compile:
+        return
+    if backend in (None, "inductor"):
+        import torch
+
+        try:
+            torch.compile(lambda: None, mode=mode)
+        except RuntimeError as error:  # inductor names the modes it has
+            where = tree.at("training", "torch_compile_mode")
+            raise RecipeError(f"training.torch_compile_mode {where}: {error}") from error
         return
     from torch.compiler import list_backends
 
@@ -179,5 +207,6 @@ def check(recipe: Recipe, tree: Node) -> None:
     check_store(recipe, tree)
     check_evaluation(recipe, tree)
     check_around(recipe, tree)
+    check_schedule(recipe, tree)
     check_compiler(recipe, tree)
     check_trackers(recipe, tree)

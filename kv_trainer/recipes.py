@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
@@ -23,6 +22,7 @@ from .arguments import CHECKPOINTING, MultiTeacherKVConfig, Recipe, StudentConfi
 from .files import write_text
 from .fusion import FUSIONS, Confidence, Fusion, method_of
 from .losses import LOSSES, CrossEntropy, DistillationLoss
+from .model_checks import check_name
 from .quick import quick_preset
 from .recipe_checks import check
 from .recipe_tree import NESTED, SECTIONS, Node, RecipeError, merge, read_file, read_overrides
@@ -78,8 +78,10 @@ def build_teachers(node: Node | None) -> dict[str, TeacherConfig]:
     if node is None or node.value is None:
         return teachers
     for name, child in mapping(node, "teachers").items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise RecipeError(f"The teacher '{name}' {child.where} needs a name of letters, digits, _ and - only.")
+        try:
+            check_name(name, child.where)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         if child.value is not None:
             teachers[name] = build(TeacherConfig, child, f"teachers.{name}")
             if not teachers[name].model:

@@ -19,7 +19,7 @@ from .capture import count_parameters
 from .data import Reader
 from .losses import DistillationLoss
 from .losses.base import NEEDS
-from .model_checks import check_length, check_vocabulary
+from .model_checks import check_length, check_name, check_vocabulary
 from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .recipe_values import suggest
 from .store.teacher import open_teacher
@@ -67,6 +67,8 @@ def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any, data_
         raise ValueError(f"args is a {kind(args)}; give MultiTeacherKVConfig, which has TrainingArguments' fields too.")
     if teachers is not None and not isinstance(teachers, Mapping):
         raise ValueError(f"teachers is a {kind(teachers)}; give a dict from a name to a model.")
+    for name in teachers or ():
+        check_name(name)
     if not isinstance(args.losses, Mapping):
         raise ValueError(f"losses is a {kind(args.losses)}; give a dict such as {{'kv_relation': KVRelationLoss()}}.")
     for name, loss in args.losses.items():

@@ -30,7 +30,7 @@ from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
-from .checks import check_arguments
+from .checks import check_arguments, check_best_task
 from .data import Reader, task_names
 from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
@@ -173,7 +173,9 @@ class MultiTeacherKVTrainer(HubTrainer):
         if isinstance(evaluation, dict):
             each = evaluation.items()
             return train, {name: encoded_to_evaluate(rows, args, self.reader, student) for name, rows in each}
-        return train, None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader, student)
+        found = None if evaluation is None else encoded_to_evaluate(evaluation, args, self.reader, student)
+        check_best_task(args, found)
+        return train, found
 
     def _watchers(self, args: MultiTeacherKVConfig, rows: Dataset | None, layers: int) -> list[TrainerCallback]:
         """What runs the teachers, and what counts, logs and guards a step; returned are the callbacks among them."""

@@ -178,6 +178,7 @@ def test_unknown_keys(text: str, message: str) -> None:
             "teachers: {a.b: {model: t}}",
             "The teacher 'a.b' in recipes/x.yaml, line 3 needs a name of letters, digits, _",
         ),
+        ("teachers: {half: {model: t}}", "The teacher 'half' in recipes/x.yaml, line 3 needs another name: torch has"),
         ("teachers: {a: {}}", "teachers.a in recipes/x.yaml, line 3 has no 'model'"),
         ("teachers: {a: {model: t}}", "teachers.a in recipes/x.yaml, line 3 would be ignored: no loss needs a teacher"),
         ("teachers: {a: {model: t, revision: 12}}", "is 12 (int); give a str or null in quotes."),
@@ -510,6 +511,18 @@ def test_what_is_around_the_steps_is_read_and_saved() -> None:
             "training.torch_compile_backend in recipes/x.yaml, line 3 is 'inducto'; this torch has",
         ),
         (
+            "training: {torch_compile: true, torch_compile_mode: fast}",
+            "training.torch_compile_mode in recipes/x.yaml, line 3: Unrecognized mode=fast, should be one of: default",
+        ),
+        (
+            "training: {lr_scheduler_type: warmup_stable_decay}",
+            "training.lr_scheduler_type in recipes/x.yaml, line 3 is warmup_stable_decay, which cannot be made with lr",
+        ),
+        (
+            "training: {lr_scheduler_type: cosine, lr_scheduler_kwargs: {num_cycle: 2}}",
+            "training.lr_scheduler_type in recipes/x.yaml, line 3 is cosine, which cannot be made with lr_scheduler_kw",
+        ),
+        (
             "training: {eval_strategy: steps, eval_steps: 5, metric_for_best_model: acuracy}",
             "training.metric_for_best_model in recipes/x.yaml, line 3 is 'acuracy'; give one of loss, perplexity,",
         ),
@@ -521,6 +534,11 @@ def test_what_is_around_the_steps_is_read_and_saved() -> None:
 )
 def test_errors_around_the_steps(text: str, message: str) -> None:
     assert error_of(ALONE + text).startswith(message)
+
+
+def test_a_schedule_with_what_it_needs_is_taken() -> None:
+    text = "training: {lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 5}, max_steps: 9}"
+    assert load_recipe(write(ALONE + text)).args.lr_scheduler_kwargs == {"num_decay_steps": 5}
 
 
 def test_a_quick_run_is_short_and_saves_nothing() -> None:
@@ -692,13 +710,13 @@ def test_checkpointing_is_saved_under_its_present_name() -> None:
 
 
 def test_no_token_is_saved() -> None:
-    training = "training: {hub_token: hf_SECRET, lr_scheduler_kwargs: {a: {api_token: hf_SECRET}, b: 1}}"
+    training = "training: {hub_token: hf_SECRET, liger_kernel_config: {a: {api_token: hf_SECRET}, b: 1}}"
     recipe = load_recipe(write(ALONE + training))
     assert recipe.args.hub_token == "hf_SECRET"
     save_recipe(recipe, "s.yaml")
     text = Path("s.yaml").read_text()
     assert "SECRET" not in text and "token:" not in text.replace("tokenizer:", "").replace("tokens:", "")
-    assert yaml.safe_load(text)["training"]["lr_scheduler_kwargs"] == {"a": {}, "b": 1}
+    assert yaml.safe_load(text)["training"]["liger_kernel_config"] == {"a": {}, "b": 1}
 
 
 def test_a_failed_save_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:

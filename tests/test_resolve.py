@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,25 @@ def test_selected_reasoning_goes_with_what_is_measured_before(world: World, tmp_
     trainer = world.trainer(tmp_path, losses, rows=encoded, data=data, alignment=alignment, **fusion)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "../x", "Qwen/Qwen2-7B", "half", ""])
+def test_a_name_that_no_file_or_module_can_have_is_refused(world: World, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"The teacher '{re.escape(name)}' needs a"):
+        world.trainer(tmp_path, RELATION, teachers={name: world.teachers()["fine"]})
+
+
+@pytest.mark.parametrize(("metric", "known"), [("accuracy_maths", "they are code, math"), ("accuracy_math", None)])
+def test_a_task_that_is_not_evaluated_tells_no_best_checkpoint(
+    world: World, tmp_path: Path, metric: str, known: str | None
+) -> None:
+    rows = Dataset.from_list([{**row, "answer": "", "task": ("math", "code")[i % 2]} for i, row in enumerate(ROWS)])
+    options = {"metric_for_best_model": metric, "eval_strategy": "steps", "eval_steps": 1}
+    if known is None:
+        world.trainer(tmp_path, eval_rows=rows, **options)
+        return
+    with pytest.raises(ValueError, match=f"is {metric}, but no task of that name is evaluated; {known}"):
+        world.trainer(tmp_path, eval_rows=rows, **options)
 
 
 def test_layers_are_matched_once_however_often_train_is_called(

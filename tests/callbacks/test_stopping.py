@@ -57,7 +57,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     [
         ({}, r"add eval_strategy: steps \(or epoch\) and load_best_model_at_end: true\."),
         ({"eval_strategy": "epoch"}, r"add load_best_model_at_end: true\."),
-        ({**WATCHED, "metric_for_best_model": "perplexity", "greater_is_better": True}, "which falls; set training.gre"),
+        ({**WATCHED, "metric_for_best_model": "perplexity", "greater_is_better": True}, "which falls; set training"),
     ],
 )
 def test_what_it_needs_is_one_error(tmp_path: Path, settings: dict[str, Any], missing: str) -> None:
