@@ -160,29 +160,33 @@ def agreement(
     experiment: Experiment, arms: Iterable[str], seeds: Iterable[int], findings: Iterable[Finding], records: Records
 ) -> list[tuple[str, str]]:
     """What was checked, and how it came out: a line each. Older records lack some things."""
-    arms, seeds, found = list(arms), list(seeds), list(findings)
+    arms, seeds, findings = list(arms), list(seeds), list(findings)
     timed = [name for name in arms if experiment.arms[name].seconds_of]
     lines = []
     for key, words in (BUDGET | SAME).items():
-        wrong = dict.fromkeys(f.arm for f in found if f.words.startswith(words))
+        wrong = dict.fromkeys(f.arm for f in findings if f.words.startswith(words))
         timing = f", but for {', '.join(timed)} (another arm's seconds)" if key in BUDGET and timed else ""
         judged = [name for name in arms if name not in timed or key not in BUDGET]
         each = [[value for name in judged if (value := records[name, seed].get(key)) is not None] for seed in seeds]
         where = "all arms" if all(len(set(map(str, values))) <= 1 for values in each) else "arms that are compared"
         lines.append((words, f"differ in {', '.join(wrong)}" if wrong else same(where + timing, each, len(judged))))
-    leaks = dict.fromkeys(f.arm for f in found if "trained on" in f.words)
-    said = dict.fromkeys(f.arm for f in found if "the weights of" in f.words)
+    leaks = dict.fromkeys(f.arm for f in findings if "trained on" in f.words)
+    said = dict.fromkeys(f.arm for f in findings if "the weights of" in f.words)
     told_weights = [[name for name in arms if "teachers" in records[name, seed]] for seed in seeds]
     teachers = same("all runs", told_weights, len(arms))
     lines.append(("weights of each teacher", f"differ in {', '.join(said)}" if said else teachers))
     lines.append(("settings of training", "; ".join(trained_apart(experiment, arms)) or "the same in all arms"))
     if timed:
-        late = any("of the seconds of" in f.words for f in found)
+        late = any("of the seconds of" in f.words for f in findings)
         lines.append(("seconds of an arm given another's", "more than 10% apart" if late else "within 10%"))
     lines.append(("prompts in both splits", f"some, in {', '.join(leaks)}" if leaks else "none, by hash"))
     lines.append(("machine and threads", where_made([[machine(records[n, s]) for n in arms] for s in seeds])))
     cpus = [[record["cpu"] for n in arms if (record := records[n, s]).get("cpu")] for s in seeds]
-    lines.append(("processor", where_made(cpus) if any(cpus) else UNRECORDED))
+    known = sum(map(len, cpus))
+    found = where_made(cpus) if known else UNRECORDED
+    if 0 < known < (runs := len(arms) * len(seeds)):
+        found += f"; {known} of {runs} recorded it"
+    lines.append(("processor", found))
     code = where_made([[str(records[n, s].get("code")) for n in arms] for s in seeds])
     return [*lines, ("code of this package, by a hash", code)]
 
