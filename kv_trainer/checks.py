@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 TRAINERS_EVALUATION = (
     "per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
 )  # fmt: skip
+SAVE_STEPS = next(f.default for f in fields(MultiTeacherKVConfig) if f.name == "save_steps")
 
 
 def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> None:
@@ -145,6 +146,15 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
                 f"losses.{name}.attention has no effect: it begins at step {loss.attention_starts:,}, and the run has "
                 f"{args.max_steps:,}; set attention_warmup_steps."
             )
+    rhythm = {"eval": args.eval_steps is not None, "save": args.save_steps != SAVE_STEPS}
+    for what, given in rhythm.items():
+        strategy = getattr(args, f"{what}_strategy")
+        if given and strategy != "steps":
+            found.append(
+                f"training.{what}_steps has no effect: training.{what}_strategy is {strategy.value}; set it to steps."
+            )
+    if args.metric_for_best_model is not None and args.eval_strategy == "no":
+        found.append("training.metric_for_best_model has no effect: training.eval_strategy is no.")
     if args.evaluation.do_sample and not args.evaluation.generate:
         found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
     if weights and not any(needs_teacher(loss.needs) for loss in args.losses.values()):

@@ -29,8 +29,8 @@ def quick_preset(recipe: Node, overrides: Node, output_dir: str) -> Node:
 
     folder = str(given(recipe, "training", "output_dir") or output_dir).rstrip("/\\") + SUFFIX
     training: dict[str, Any] = {
-        "output_dir": folder, "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
-        "logging_steps": lower("training", "logging_steps", 5),
+        "output_dir": folder, "save_strategy": "no", "save_steps": 500, "load_best_model_at_end": False,
+        "push_to_hub": False, "logging_steps": lower("training", "logging_steps", 5),
     }  # fmt: skip
     in_epochs = given(overrides, "training", "num_train_epochs") is not None
     training["max_steps"] = -1 if in_epochs else lower("training", "max_steps", STEPS)

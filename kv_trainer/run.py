@@ -55,6 +55,7 @@ def side_job(recipe: Recipe) -> Recipe:
     """The recipe for a trainer that trains nothing: it asks for no evaluations, and for no repository of the Hub."""
     args = copy(recipe.args)  # not `replace`, which would make TrainingArguments anew
     args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = IntervalStrategy.NO, False, False
+    args.eval_steps = args.metric_for_best_model = None
     args.early_stopping = EarlyStoppingConfig()
     return replace(recipe, args=args)
 

@@ -158,6 +158,23 @@ def test_teachers_that_no_loss_asks_are_told(world: World, tmp_path: Path, caplo
     assert "teachers has no effect: no loss needs one; add to losses one that does" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"eval_steps": 5}, "training.eval_steps has no effect: training.eval_strategy is no; set it to steps."),
+        ({"save_steps": 5}, "training.save_steps has no effect: training.save_strategy is no; set it to steps."),
+        ({"save_steps": 5, "save_strategy": "epoch"}, "training.save_strategy is epoch; set it to steps."),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model has no effect: training.eval_strategy is no."),
+        ({"save_steps": 5, "save_strategy": "steps", "eval_steps": 2, "eval_strategy": "steps"}, ""),
+    ],
+)
+def test_a_rhythm_that_nothing_follows_is_told(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, Any], told: str
+) -> None:
+    check_arguments(world.arguments(tmp_path, **given), {})
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
 def test_processes_that_would_train_side_by_side_are_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
