@@ -121,7 +121,13 @@ def load_trained(model: str, base: str | None = None, trust_remote_code: bool = 
         name = base
     options["revision"] = said.get("revision")
     with quiet():
-        student: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+        try:
+            student: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+        except OSError as error:
+            raise ValueError(
+                f"{model} holds adapters on the base '{name}', which could not be loaded from here; go where that "
+                f"path leads to it, or write its place into {found}. {error}"
+            ) from error
         with suppress(OSError):  # adapters that were trained elsewhere have none
             student.generation_config = GenerationConfig.from_pretrained(model)
         return PeftModel.from_pretrained(student, model)

@@ -326,3 +326,7 @@ def test_a_folder_of_adapters_is_no_student_but_a_teacher(tiny_model, tiny_token
     loaded = load_trained(str(tmp_path))
     assert isinstance(loaded, PeftModel)
     torch.testing.assert_close(loaded(IDS).logits, AutoModelForCausalLM.from_pretrained(folder / "student")(IDS).logits)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "student"), "./elsewhere"))
+    with pytest.raises(ValueError, match="holds adapters on the base './elsewhere', which could not be loaded from here"):
+        load_trained(str(tmp_path))
