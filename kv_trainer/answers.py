@@ -32,7 +32,7 @@ UNIT = rf"\s*(?:[%$€£¥]|°\s*[CF]?|(?:k[gm]|[cm]m|m[gl]|mph)\b)|{WORD}(?:{WO
 QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:{MONEY}\s*)?(?P<inner>[-+]?)(?P<number>{DIGITS})(?:{UNIT})?", re.IGNORECASE
 )
-MARK = re.compile(r"####\s*(.+)")
+MARK = re.compile(r"####\s*((?:(?!####).)+)")
 BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 # What LaTeX wraps an answer in, and what remains of it.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import TrainingArguments
 
@@ -71,7 +72,7 @@ def base_license(model: str | None, revision: str | None, token: str | None = No
         local = Path(model).exists()
         path = Path(model) / name if local else Path(hf_hub_download(model, name, revision=revision, token=token))
         data = ModelCard(path.read_text(encoding="utf-8")).data
-    except (OSError, ValueError):  # no card, no network, no metadata
+    except (OSError, ValueError, yaml.YAMLError):  # no card, no network, no metadata, or a header that is no YAML
         return {}
     fields = ("license", "license_name", "license_link")
     return {key: data.get(key) for key in fields if data.get(key)} if data.get("license") else {}

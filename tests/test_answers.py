@@ -11,6 +11,7 @@ from kv_trainer.metrics import extract_answer, reference_answer
 CASES = [
     ("so 3 #### 4 .", "4", None, "4", "4"),
     ("#### 1\nno, #### 2\nDone in 3 steps", "2", None, "3", "2"),
+    ("3+4 #### 7 #### 8", "8", None, "8", "8"),
     ("####\n1,280.", "1280", None, "1280", "1280"),
     ("#### $1,234,567.50 per year", "1234567.5", None, "1234567.5", "1234567.5"),
     ("#### -$18", "-18", None, "-18", "-18"),

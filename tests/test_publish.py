@@ -352,5 +352,8 @@ def test_the_licence_is_the_base_models_or_none(hub: HubServer, tmp_path: Path) 
     front = "license: other\nlicense_name: qwen\nlicense_link: https://x.org/l"
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\nText\n")
     assert base_license(str(tmp_path), None) == yaml.safe_load(front)
+    for broken in ("license: other: see LICENSE", "tags: [a, b", "license:\tmit"):
+        (tmp_path / "README.md").write_text(f"---\n{broken}\n---\nText\n")
+        assert base_license(str(tmp_path), None) == {}, "a header that is no YAML costs nobody a trained model"
     (tmp_path / "README.md").write_text("No metadata at all\n")
     assert base_license(str(tmp_path), None) == {}

@@ -111,16 +111,26 @@ def as_patch(advice: Sequence[Advice]) -> dict[str, Any]:
     return patch
 
 
+def patched(recipe: dict[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with a patch laid over it, section by section."""
+    both = {k: v for k, v in patch.items() if isinstance(v, Mapping) and isinstance(recipe.get(k), dict)}
+    return {**recipe, **patch, **{k: patched(recipe[k], v) for k, v in both.items()}}
+
+
 def refuse_to_overwrite(copy: str | Path) -> None:
     if Path(copy).exists():
         raise ValueError(f"{copy} is there already; give --write the name of a new file.")
 
 
-def write_copy(copy: str | Path, original: str | Path, patch: Mapping[str, Any]) -> None:
-    """A recipe that extends the original and holds the patch alone. ValueError if the file is there already."""
+def write_copy(copy: str | Path, original: str | Path, patch: Mapping[str, Any], whole: str | None = None) -> None:
+    """A recipe that extends the original and holds the patch alone. ValueError if the file is there already.
+
+    whole: the recipe that was measured, where it is not the original: then the copy is that, patched.
+    """
     refuse_to_overwrite(copy)
     folder, base = Path(copy).absolute().parent, Path(original).absolute()
     # `extends` does not climb with `..`: from elsewhere only an absolute path leads to the original.
     extends = f"./{base.relative_to(folder).as_posix()}" if base.is_relative_to(folder) else str(base)
-    text = yaml.safe_dump({"extends": extends, **patch}, sort_keys=False, allow_unicode=True, width=120)
+    content = {"extends": extends, **patch} if whole is None else patched(yaml.safe_load(whole), patch)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     write_text(copy, f"# kv-trainer train {copy}\n# What kv-trainer diagnose suggests for {original}.\n{text}")

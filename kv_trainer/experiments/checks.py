@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +19,7 @@ from .shared import without_place
 def check_arms(experiment: Experiment) -> None:
     """ValueError, before anything runs, for an arm whose recipe does not resolve, or cannot be compared."""
     settings = {arm: settings_of(Job(experiment, arm, experiment.seeds[0]).recipe_text()) for arm in experiment.arms}
+    check_metrics(experiment, settings)
     for arm, found in settings.items():
         where = f"arms.{arm} {experiment.arms[arm].where}"
         check_alone(Job(experiment, arm, experiment.seeds[0]).recipe(), where)
@@ -32,6 +34,20 @@ def check_arms(experiment: Experiment) -> None:
             raise ValueError(
                 f"{where} is evaluated in another way than {experiment.against} ({'; '.join(wrong)}), so their "
                 "metrics could not be compared. Set it for all arms, under overrides."
+            )
+
+
+def check_metrics(experiment: Experiment, settings: Mapping[str, dict[str, Any]]) -> None:
+    """ValueError for a metric that an arm's evaluation would not give, known when all runs are done."""
+    for arm, found in settings.items():
+        if not found["data"]["eval_split"]:
+            where = experiment.arms[arm].where
+            raise ValueError(f"arms.{arm} {where} has no data.eval_split, so nothing would be measured; give one.")
+        asked = [name for name in experiment.metrics if name.startswith("accuracy")]
+        if asked and not found["evaluation"]["generate"]:
+            raise ValueError(
+                f"metrics names '{asked[0]}', but arms.{arm} has evaluation.generate: false; set it to true, or "
+                "metrics: [perplexity]."
             )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import yaml
+from transformers import AutoConfig
 
-from ..files import read_json
 from ..losses.base import chosen_layers
 from .jobs import Job
 from .results import Study
@@ -104,8 +105,11 @@ def best_game(study: Study, recipes: Mapping[str, Any], kind: str, depths: Mappi
 
 def student_layers(job: Job) -> int:
     """Of the checkpoint that a run left; 0 where it left none."""
-    path = job.folder / "config.json"
-    return int(read_json(path).get("num_hidden_layers", 0)) if path.exists() else 0
+    if not (job.folder / "config.json").exists():
+        return 0
+    with suppress(ValueError, OSError):  # of a family whose code is not here
+        return int(AutoConfig.from_pretrained(job.folder).get_text_config().num_hidden_layers)
+    return 0
 
 
 def team_of(recipe: Mapping[str, Any], kind: str, depth: int) -> Team | None:

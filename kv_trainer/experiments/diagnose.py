@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..arguments import Recipe
 from ..files import write_text
+from ..recipes import dump_recipe, load_recipe
 from ..report import print_whole
 from ..run import build_trainer, side_job
 from ..trainer import MultiTeacherKVTrainer
@@ -29,7 +30,8 @@ FILE = "diagnosis.json"
 def diagnose(recipe: Recipe, samples: int = 64, write: str | None = None, console: Console | None = None) -> Measured:
     """Measure a recipe's terms on some of its training rows, print them with advice, and write diagnosis.json.
 
-    write: a new recipe file with the suggested settings, which extends this one. The student is not trained.
+    write: a new recipe file with the suggested settings, which extends this one or, where the command line changed it,
+    holds all that was measured. The student is not trained.
     ValueError if there is nothing to measure, or `write` is there already.
     """
     if samples < 1:
@@ -38,6 +40,7 @@ def diagnose(recipe: Recipe, samples: int = 64, write: str | None = None, consol
         refuse_to_overwrite(write)
     if recipe.args.world_size > 1:
         raise ValueError("diagnose runs in one process; start it without accelerate or torchrun.")
+    asked = dump_recipe(recipe)  # before the trainer, which changes some of the arguments it is given
     transformers.logging.set_verbosity_warning()
     trainer = build_trainer(side_job(recipe))
     if trainer.taught:
@@ -52,7 +55,8 @@ def diagnose(recipe: Recipe, samples: int = 64, write: str | None = None, consol
     console = console or Console()
     print_diagnosis(console, measured, advice, trainer.args.per_device_train_batch_size)
     if write is not None and patch:
-        write_copy(write, recipe.path, patch)
+        alone = asked == dump_recipe(load_recipe(recipe.path))
+        write_copy(write, recipe.path, patch, None if alone else asked)
     tell(console, "diagnosis", str(file))
     if write is not None:
         tell(console, "recipe", write if patch else f"nothing to change, so {write} was not written")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..recipes import settings_of
 from .experiment import BUDGET, SAME, Experiment
-from .jobs import given_seconds
+from .jobs import Job, given_seconds
+
+WHOSE = ("model", "revision", "dtype", "quantization")  # settings of a teacher by which its weights are what they are
 
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
 UNRECORDED = "not recorded by the version that made the runs"
@@ -46,7 +50,7 @@ def check_budget(experiment: Experiment, arms: Sequence[str], seeds: Iterable[in
         worst = max(leaks.values(), default=0)
         if worst:
             found.append(Finding(name, f"{worst} evaluation rows have a prompt that is trained on"))
-    return found + teachers_apart(arms, seeds, records)
+    return found + teachers_apart(experiment, arms, seeds, records)
 
 
 def given_apart(experiment: Experiment, name: str, other: str, seeds: list[int], records: Records) -> list[Finding]:
@@ -133,14 +137,20 @@ def is_elsewhere(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return machine(one) != machine(other) or len(processors) > 1
 
 
-def teachers_apart(arms: Sequence[str], seeds: list[int], records: Records) -> list[Finding]:
-    """One model has the same weights in all runs; random ones, drawn anew for each seed, have no hash."""
+def teachers_apart(experiment: Experiment, arms: Sequence[str], seeds: list[int], records: Records) -> list[Finding]:
+    """One model has the same weights in all runs; random ones, drawn anew for each seed, have no hash.
+
+    One model: as the arm's recipe names it. Folders of one name may hold two, and so may two revisions.
+    """
     first: dict[tuple[str, str], tuple[str, str]] = {}
     found = {}
     for name in arms:
+        sections = settings_of(Job(experiment, name, seeds[0]).recipe_text())["teachers"]
         for seed in seeds:
             for teacher, (model, weights) in (records[name, seed].get("teachers") or {}).items():
-                where, known = first.setdefault((teacher, model), (f"{name}-{seed}", weights))
+                which = {key: (sections.get(teacher) or {}).get(key) for key in WHOSE}
+                same = (teacher, json.dumps([model, which]))
+                where, known = first.setdefault(same, (f"{name}-{seed}", weights))
                 if known != weights:
                     found[name, teacher] = f"the weights of {teacher} are not those of {where}, seed {seed}"
     return [Finding(name, words) for (name, _), words in found.items()]

@@ -39,8 +39,9 @@ METHOD = (
 
 def write_report(study: Study, folder: Path) -> None:
     """Everything in `folder`; pictures of an older report are replaced."""
+    results = as_json(study)  # what cannot be reported is told before anything is replaced
     figures = draw_all(study, folder / "figures")
-    write_text(folder / "results.json", as_json(study))
+    write_text(folder / "results.json", results)
     write_text(folder / "commands.sh", "#!/bin/sh\nset -e\n" + "\n".join(commands(study)) + "\n")
     pictures = [Picture(folder / "figures" / name, f"figures/{name}", caption) for name, caption in figures.items()]
     blocks = contents(study, pictures)

@@ -44,7 +44,9 @@ class Items:
         if metric == "accuracy":
             return float(np.nanmean(hits)) if np.isfinite(hits).any() else math.nan
         if metric == MACRO:
-            return float(np.mean([np.nanmean(hits[:, tasks == task]) for task in np.unique(tasks[tasks != ""])]))
+            each = [hits[:, tasks == task] for task in np.unique(tasks[tasks != ""])]
+            means = [np.nanmean(some) for some in each if np.isfinite(some).any()]  # one without answers has no share
+            return float(np.mean(means)) if means else math.nan
         chosen = tasks == metric.removeprefix("accuracy_")
         return float(np.nanmean(hits[:, chosen])) if metric.startswith("accuracy_") and chosen.any() else math.nan
 
@@ -55,7 +57,7 @@ class Items:
         scored = np.isfinite(self.hits).all(0)
         tasks = np.unique(self.tasks[self.tasks != ""]) if metric == MACRO else [metric.removeprefix("accuracy_")]
         each = [scored if metric == "accuracy" else scored & (self.tasks == task) for task in tasks]
-        return [np.flatnonzero(chosen) for chosen in each]
+        return [np.flatnonzero(chosen) for chosen in each if metric != MACRO or chosen.any()]
 
 
 @dataclass

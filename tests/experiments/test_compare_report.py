@@ -330,6 +330,44 @@ def test_few_rows_with_answers_make_an_interval_or_no_verdict_to_keep(study: Stu
     assert study.interval("accuracy_macro", "taught", "ce") is None, "of one row nothing can be drawn"
 
 
+def test_a_task_without_answers_has_no_part_in_the_mean_over_tasks(study: Study) -> None:
+    for path in Path("out").glob("*/predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[1::2]:
+            row["hit"] = None
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = study.items("taught")
+    every = list(range(10))
+    assert items.value("accuracy_macro", [0], every) == items.value("accuracy", [0], every) == 0.8
+    assert [len(s) for s in items.strata("accuracy_macro")] == [5]
+
+
+def test_a_report_that_cannot_be_made_leaves_the_older_one(study: Study) -> None:
+    figures = Path("out/report/figures")
+    figures.mkdir(parents=True)
+    (figures / "arms.png").write_bytes(b"older")
+    study.experiment.metrics = ["accuracy_nothing"]
+    with pytest.raises(ValueError, match="metrics names 'accuracy_nothing'"):
+        write_report(study, Path("out/report"))
+    assert [(p.name, p.read_bytes()) for p in figures.iterdir()] == [("arms.png", b"older")]
+
+
+def test_two_models_in_folders_of_one_name_are_two(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"taught": "a/final", "control": "b/final"}
+
+    def recipe(job: Job, steps: int | None = None) -> str:
+        return json.dumps({"teachers": {"math": {"model": places.get(job.arm)}}})
+
+    for (arm, _), record in study.records.items():
+        record["teachers"] = {"math": ["final", places[arm]]} if arm in places else {}
+    monkeypatch.setattr(Job, "recipe_text", recipe)
+    arms = list(study.arms)
+    assert not [f for f in check_budget(study.experiment, arms, study.seeds, study.records) if "weights" in f.words]
+    places["control"] = places["taught"]
+    found = [f.words for f in check_budget(study.experiment, arms, study.seeds, study.records) if "weights" in f.words]
+    assert found == ["the weights of math are not those of taught-1, seed 3"]
+
+
 def test_a_damaged_file_of_a_run_is_named(study: Study) -> None:
     path = Path("out/taught-2/predictions.jsonl")
     path.write_text(path.read_text()[:-9])

@@ -423,6 +423,7 @@ def test_a_swamping_weight_is_lowered_in_the_copy(
     assert os.listdir(tmp_path / "out") == ["diagnosis.json"], "nothing else is written"
     told = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     weight = load_recipe(copy).args.losses["kv_relation"].weight
+    assert load_recipe(copy).args.alignment.layers.method == "cka", "what was measured, not what the file says"
     measured = told["terms"]["kv_relation"]
     assert weight == pytest.approx(3000 * 0.3 / measured["gradient_share"]["mean"], rel=0.06) and weight < 10
     assert told["patch"] == {"losses": {"kv_relation": {"weight": weight}}} and told["samples"] == 8

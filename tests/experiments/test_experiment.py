@@ -141,6 +141,19 @@ def test_arms_are_judged_in_one_way() -> None:
     check_arms(load_experiment("e.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("evaluation.generate: false", "metrics names 'accuracy', but arms.ce has evaluation.generate: false; set it"),
+        ("data.eval_split: null", "arms.ce in e.yaml, line 6 has no data.eval_split, so nothing would be measured"),
+    ],
+)
+def test_a_metric_that_no_run_will_have_is_refused_before_they_run(override: str, told: str) -> None:
+    Path("e.yaml").write_text(BASE.replace("{training.logging_steps: 5}", f"{{{override}}}"))
+    with pytest.raises(ValueError, match=told):
+        check_arms(load_experiment("e.yaml"))
+
+
 def test_runs_are_not_pushed_over_each_other() -> None:
     Path("e.yaml").write_text(BASE.replace("{training.logging_steps: 5}", "{training.push_to_hub: true}"))
     with pytest.raises(ValueError, match="every run, controls too, would be pushed to one repository"):
