@@ -54,7 +54,7 @@ def study_of(
     runs: dict[str, tuple[float, dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int = 3
 ) -> SimpleNamespace:
     """A finished study: arm -> its accuracy and its recipe; of a student of so many layers."""
-    (tmp_path / "config.json").write_text(f'{{"num_hidden_layers": {depth}}}')
+    (tmp_path / "config.json").write_text(f'{{"model_type": "gpt2", "n_layer": {depth}}}')
 
     def job(experiment: object, arm: str, seed: int) -> SimpleNamespace:
         return SimpleNamespace(recipe_text=lambda: str(runs[arm][1]), folder=tmp_path)
