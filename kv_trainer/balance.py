@@ -20,6 +20,11 @@ LIMIT = 10.0
 Reduce = Callable[[Tensor], Tensor]  # mean over ranks
 
 
+def measured_of(losses: Mapping[str, DistillationLoss]) -> dict[str, GradientShare]:
+    """The losses whose weight follows a share of the gradient."""
+    return {name: loss.weight for name, loss in losses.items() if isinstance(loss.weight, GradientShare)}
+
+
 def check_reference(losses: Mapping[str, DistillationLoss], watched: int = 0) -> None:
     """ValueError if gradients are to be measured against a cross-entropy that does not count.
 
@@ -29,7 +34,7 @@ def check_reference(losses: Mapping[str, DistillationLoss], watched: int = 0) ->
     counts = reference is not None and reference.active
     if reference is not None and counts and isinstance(reference.weight, GradientShare):
         raise ValueError("losses.cross_entropy.weight is a gradient_share, which is a share of its own; give a number.")
-    shared = [name for name, loss in losses.items() if isinstance(loss.weight, GradientShare)]
+    shared = list(measured_of(losses))
     if shared and not counts:
         raise ValueError(
             f"losses.{shared[0]}.weight is a gradient_share, a share of the cross-entropy's gradient, but "
@@ -72,7 +77,7 @@ class Balance(nn.Module):
 
     def __init__(self, losses: Mapping[str, DistillationLoss]) -> None:
         super().__init__()
-        self.shared = {n: loss.weight for n, loss in losses.items() if isinstance(loss.weight, GradientShare)}
+        self.shared = measured_of(losses)
         self.names = list(losses)
         self.register_buffer("weights", torch.ones(len(losses)), persistent=bool(self.shared))
         self.register_buffer("measured", torch.zeros(len(losses)), persistent=bool(self.shared))

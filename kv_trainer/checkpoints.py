@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapters import save_generation_config
+from .arguments import MultiTeacherKVConfig
 from .bridge import NAME, KVBridge
 from .files import folder_beside
 from .manifest import MANIFEST_FILE, check_match, last_whole, seal, what_is_missing
@@ -34,11 +35,13 @@ class CheckpointTrainer(Trainer):
     checkpoint is deleted.
     """
 
+    args: MultiTeacherKVConfig
     model: Any  # a PreTrainedModel, or what wraps one
     bridge: KVBridge
     manifest: dict[str, Any]
     routing: RoutingLog
     _checked: tuple[str, ...] = ()  # the checkpoint that was found to be whole and of this run
+    ended = False  # whether a resumed run had nothing left to do
     use_cache: bool | None = None  # as the student's config had it: Trainer switches it off, and would save it so
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -110,6 +113,29 @@ class CheckpointTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         load_result.missing_keys[:] = [k for k in load_result.missing_keys if f"{NAME}." not in k]
         super()._issue_warnings_after_load(load_result)
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint: Any, trial: Any):
+        """A run that has ended is left as it is: Trainer would take a further step, and only then look."""
+        found = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
+        self.routing.restart(Path(str(checkpoint)) if checkpoint else None, self.is_world_process_zero())
+        self.ended = bool(self.state.global_step) and (self._was_stopped() or self.state.global_step >= max_steps)
+        if not self.ended:
+            return found
+        logger.warning("%s is the end of its run: nothing is left to train.", Path(str(checkpoint)).name)
+        return epochs, 0
+
+    def _was_stopped(self) -> bool:
+        """Whether the run that a checkpoint is of was stopped early, by as much patience as this one has."""
+        stops = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        given = self.args.early_stopping
+        if given.patience is not None:
+            for stop in stops:  # it came back as it was, with its own patience
+                stop.early_stopping_patience, stop.early_stopping_threshold = given.patience, given.threshold
+        return any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not (self.ended and "train_runtime" in logs):  # of no step
+            super().log(logs, start_time)
 
     def find_checkpoint(self, asked: str | bool) -> str:
         """The checkpoint to resume from: the folder `asked` for, or, for True, the newest whole one in output_dir.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
 
 from datasets import Dataset
 
@@ -31,6 +33,7 @@ def check_arguments(args: MultiTeacherKVConfig, weights: Mapping[str, float]) ->
             "for teachers with a device_map.", args.n_gpu,
         )  # fmt: skip
         args._n_gpu = 1  # else Trainer takes nn.DataParallel, whose replicas would share one bridge
+    check_launcher(args.deepspeed)
     check_wrong(args)
 
 
@@ -97,6 +100,21 @@ def check_wrong(args: MultiTeacherKVConfig) -> None:
         )
     if args.label_smoothing_factor:
         raise ValueError("training.label_smoothing_factor would be ignored; set losses.cross_entropy.label_smoothing.")
+
+
+def check_batches(args: MultiTeacherKVConfig, loader: Any, rows: Sized) -> None:
+    """ValueError if a loader with a length has no batch: all that is there would be dropped."""
+    if hasattr(loader, "__len__") and not len(loader):
+        raise ValueError(
+            f"Nothing would be trained: {len(rows)} rows are fewer than a batch of "
+            f"{args.train_batch_size * args.world_size}, and training.dataloader_drop_last drops what is left over."
+        )
+
+
+def check_launcher(deepspeed: Any) -> None:
+    """ValueError for DeepSpeed in a process that nobody launched: it would look for MPI, in the midst of things."""
+    if deepspeed and "RANK" not in os.environ and find_spec("mpi4py") is None:
+        raise ValueError("training.deepspeed needs a launcher: accelerate launch -m kv_trainer train RECIPE.")
 
 
 def check_best_task(args: MultiTeacherKVConfig, rows: Dataset | None) -> None:

@@ -168,6 +168,4 @@ def summary(recipe: Recipe) -> str:
 
 
 def complain(error: Exception) -> None:
-    if isinstance(error, ImportError) and error.name == "mpi4py":  # for which DeepSpeed looks where no launcher was
-        error = ValueError("training.deepspeed needs a launcher: accelerate launch -m kv_trainer train RECIPE.")
     print(f"kv-trainer: error: {' '.join(str(error).split())}", file=sys.stderr)

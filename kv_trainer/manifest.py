@@ -23,9 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapters import peft_section
 from .arguments import MultiTeacherKVConfig, ProjectorConfig
+from .balance import measured_of
 from .files import write_text
 from .fusion import method_of
-from .losses import LOSSES, GradientShare
+from .losses import LOSSES
 from .recipe_values import plain
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def describe_run(
         "control": asdict(args.control),
         "data": data,
         "losses": {name: asdict(loss) for name, loss in args.losses.items()},
-        "order": {"teachers": list(teachers), "losses": list(args.losses) if follows_gradients(args) else []},
+        # What is learned of teachers, and measured of losses, is kept in their order.
+        "order": {"teachers": list(teachers), "losses": list(args.losses) if measured_of(args.losses) else []},
         "optimizer": {name: plain(getattr(args, name)) for name in OPTIMIZER},
         "schedule": {name: plain(getattr(args, name)) for name in SCHEDULE},
         "training": {name: plain(getattr(args, name, None)) for name in ROWS},
@@ -138,11 +140,6 @@ def describe_run(
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         },
     }  # fmt: skip
-
-
-def follows_gradients(args: MultiTeacherKVConfig) -> bool:
-    """Whether some weight is measured: what was, is kept loss by loss, in their order, as shares are of teachers."""
-    return any(isinstance(loss.weight, GradientShare) for loss in args.losses.values())
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def quick_preset(recipe: Node, overrides: Node, output_dir: str) -> Node:
         return value if isinstance(value, int) and 0 < value < most else most
 
     folder = str(given(recipe, "training", "output_dir") or output_dir).rstrip("/\\") + SUFFIX
-    training: dict[str, Any] = {
+    training: dict[str, Any] = {  # save_steps: as by default, for it has no effect
         "output_dir": folder, "save_strategy": "no", "save_steps": 500, "load_best_model_at_end": False,
         "push_to_hub": False, "logging_steps": lower("training", "logging_steps", 5),
     }  # fmt: skip

@@ -6,6 +6,9 @@ import re
 from string import Formatter
 from typing import Any
 
+import torch
+from transformers.optimization import get_scheduler
+
 from .answers import RULES
 from .arguments import Recipe, StudentConfig
 from .balance import check_reference
@@ -128,9 +131,6 @@ def check_best(recipe: Recipe, tree: Node) -> None:
 
 def check_schedule(recipe: Recipe, tree: Node) -> None:
     """The schedule with its settings, made once; Trainer would make it when all is loaded."""
-    import torch
-    from transformers.optimization import get_scheduler
-
     args, steps = recipe.args, 10**6
     knobs: Any = args.lr_scheduler_kwargs
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -149,17 +149,13 @@ def check_compiler(recipe: Recipe, tree: Node) -> None:
     if not recipe.args.torch_compile:
         return
     if backend in (None, "inductor"):
-        import torch
-
         try:
             torch.compile(lambda: None, mode=mode)
         except RuntimeError as error:  # inductor names the modes it has
             where = tree.at("training", "torch_compile_mode")
             raise RecipeError(f"training.torch_compile_mode {where}: {error}") from error
         return
-    from torch.compiler import list_backends
-
-    known = list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         where, hint = tree.at("training", "torch_compile_backend"), suggest(backend, known)
         raise RecipeError(

@@ -21,7 +21,7 @@ from .blueprint import check_places
 from .callbacks import peak_memory_mb
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
-from .files import write_text
+from .files import read_json, write_text
 from .manifest import STATE_FILE, differences, last_whole
 from .models import load_tokenizer, same_tokenizer, stop_where_taught
 from .quick import SUFFIX
@@ -148,8 +148,7 @@ def train(
 
 def told_before(folder: Path) -> dict[str, float]:
     """What training took, of a run that had come to its end before: as its results say, if it got as far as these."""
-    path = folder / RESULTS
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
     return {name: value for name, value in found.items() if name.startswith("train_") or name == "peak_memory_mb"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -12,14 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import profiling
@@ -30,7 +22,7 @@ from .calibration import Calibration
 from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
-from .checks import check_arguments, check_best_task
+from .checks import check_arguments, check_batches, check_best_task
 from .data import Reader, task_names
 from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
@@ -59,7 +51,6 @@ from .row_checks import aligned_share
 from .teachers import Teacher
 from .text import turn_end
 
-logger = logging.getLogger(__name__)
 GRACE = 3.0  # seconds until the end of a loader worker is known
 
 
@@ -123,6 +114,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         ours = self._watchers(args, train_dataset, layers or 1)
         self.use_cache = getattr(getattr(student, "config", None), "use_cache", None)
         self.predictions: list[dict[str, Any]] = []
+        self.matched = False  # whether layers are, by CKA
         if "logits" not in self.bridge.requires and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # the head rests, and under checkpointing DDP would wait for it
         super().__init__(
@@ -161,8 +153,6 @@ class MultiTeacherKVTrainer(HubTrainer):
                 self.bridge.heads[name] = teacher.vocabulary(self.reader.tokenizer, width)
         self.bridge.attach(student)
         self.taught = needs_teacher(self.bridge.requires)  # else no teacher ever runs
-        self.matched = False  # whether layers are, by CKA
-        self.ended = False  # whether a resumed run had nothing left to do
 
     def _encode(
         self, train: Dataset | None, evaluation: Any, args: MultiTeacherKVConfig, student: PreTrainedConfig
@@ -233,34 +223,15 @@ class MultiTeacherKVTrainer(HubTrainer):
         return batches, num_items
 
     def set_initial_training_values(self, args: Any, dataloader: Any):
-        if hasattr(dataloader, "__len__") and not len(dataloader):
-            raise ValueError(
-                f"Nothing would be trained: {len(self.train_dataset)} rows are fewer than a batch of "
-                f"{args.train_batch_size * args.world_size}, and training.dataloader_drop_last drops what is left over."
-            )
+        check_batches(args, dataloader, self.train_dataset)
         values = super().set_initial_training_values(args, dataloader)
         return self.growth.run_values(args, values) if self.growth else values
 
-    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint: Any, trial: Any):
+    def _init_training_state(self, *args: Any):
         """Also once more where a batch size did not fit, and all begins anew."""
-        found = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
+        found = super()._init_training_state(*args)
         self.monitor.restart()
-        self.routing.restart(Path(str(checkpoint)) if checkpoint else None, self.is_world_process_zero())
-        self.ended = bool(self.state.global_step) and self._has_ended(max_steps)
-        if self.ended:
-            logger.warning("%s is the end of its run: nothing is left to train.", Path(str(checkpoint)).name)
-            return epochs, 0  # Trainer would take a further step, and only then look
-        return self.growth.position(self.state.global_step) if self.growth else found
-
-    def _has_ended(self, max_steps: int) -> bool:
-        """Whether a run that goes on from a checkpoint had come to its end there, or was stopped early."""
-        stops = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        given = self.args.early_stopping
-        if given.patience is not None:
-            for stop in stops:  # it came back as it was, with its own patience
-                stop.early_stopping_patience, stop.early_stopping_threshold = given.patience, given.threshold
-        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stops)
-        return stopped or self.state.global_step >= max_steps
+        return self.growth.position(self.state.global_step) if self.growth and not self.ended else found
 
     def _prepare_input(self, data: Any) -> Any:
         """A batch on its device, as it is: Trainer would cast all floats to the dtype of a DeepSpeed engine's weights,
@@ -314,8 +285,6 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean raw value and the current weight of every loss term to the training logs."""
-        if self.ended and "train_runtime" in logs:  # of no step
-            return
         if "loss" in logs:
             step = self.state.global_step
             logs |= self.monitor.logs(self.accelerator, step, step / max(1, self.state.max_steps))

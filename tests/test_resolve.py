@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithPadding, Training
 from kv_trainer import MultiTeacherKVTrainer
 from kv_trainer.arguments import AlignmentConfig, DataConfig, LayerAlignment, TimeAlignment
 from kv_trainer.callbacks import NonFiniteLoss
-from kv_trainer.checks import check_arguments
+from kv_trainer.checks import check_arguments, check_launcher
 from kv_trainer.data import Reader, encode_rows
 from kv_trainer.fusion import Confidence, Similarity, TaskWise
 from kv_trainer.losses import CrossEntropy, DistillationLoss, KVRelationLoss, LogitKD, LossInputs
@@ -182,6 +182,16 @@ def test_processes_that_would_train_side_by_side_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, and each would train alone.*training.use_cpu"):
         check_arguments(args, {})
+
+
+def test_deepspeed_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look for MPI, which is not here, once all is loaded."""
+    monkeypatch.delenv("RANK", raising=False)
+    check_launcher(None)
+    with pytest.raises(ValueError, match="training.deepspeed needs a launcher: accelerate launch -m kv_trainer"):
+        check_launcher("zero1.json")
+    monkeypatch.setenv("RANK", "0")
+    check_launcher("zero1.json")
 
 
 def test_a_student_that_lacks_tokens_is_told(world: World, tmp_path: Path) -> None:
