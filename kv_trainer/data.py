@@ -16,7 +16,7 @@ from .arguments import DataConfig, TimeAlignment
 from .examples import Example, NoValue, example_of, filled, shown, teacher_example
 from .positions import align_rows
 from .row_checks import check_teacher_text, warn_of_dates, warn_of_roles, worth_learning
-from .text import IGNORED, Encoded, Reader, encode
+from .text import IGNORED, Encoded, Reader, encode, key_of_bytes
 
 logger = logging.getLogger(__name__)
 EVALUATED = ("prompt_ids", "task", "answer")  # columns that evaluation needs beside ids and labels
@@ -124,7 +124,7 @@ def encode_rows(
         for name, reader in teachers.items():
             other = teacher_example(example, config.teacher_text.get(name), row, config)
             if name in config.teacher_text:
-                result[f"{name}/own_text"] = text_key(other.completion)
+                result[f"{name}/own_text"] = key_of_bytes(other.completion.encode())
             other = example if name in as_student else other
             theirs = encode_as(other, reader)
             result[f"{name}/input_ids"] = theirs.input_ids
@@ -148,11 +148,6 @@ def encode_rows(
     )  # fmt: skip
     supervised = worth_learning(encoded, list(teachers), options)
     return supervised if "task" in keep else number_tasks(supervised)
-
-
-def text_key(text: str) -> int:
-    """64 bits of a hash of a text, as a signed number: a column holds that."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def number_tasks(rows: Dataset) -> Dataset:

@@ -25,6 +25,12 @@ def check_name(name: Any, where: str = "") -> None:
         raise ValueError(f"The teacher {place} needs another name: torch has a use of its own for this one.")
 
 
+def tokenizer_place(model: ModelConfig) -> tuple[str | None, str | None]:
+    """The name of a section's tokenizer, and its revision: that of the section where both are in one repository."""
+    name = model.tokenizer or model.model
+    return name, model.revision if name in (model.model, getattr(model, "config", None)) else None
+
+
 def is_here(name: str, file: str, revision: str | None) -> bool:
     """Whether a model is a folder, or its `file` has been fetched from the Hub before."""
     return os.path.exists(name) or isinstance(try_to_load_from_cache(name, file, revision=revision), str)
@@ -81,7 +87,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def check_tokenizer(model: ModelConfig, place: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer a section names, or None where it is not on this machine."""
-    name, revision = model.tokenizer or model.model, None if model.tokenizer else model.revision
+    name, revision = tokenizer_place(model)
     if not name or not is_here(name, "tokenizer_config.json", revision):
         return None
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **offline(name, revision))

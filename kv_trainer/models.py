@@ -25,16 +25,15 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .arguments import ModelConfig, StudentConfig, TeacherConfig
-from .model_checks import check_words
+from .model_checks import check_words, tokenizer_place
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config with one entry a layer
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer a section names, else its model's own; a missing pad token becomes the end token."""
-    name = config.tokenizer or config.model
+    name, revision = tokenizer_place(config)
     assert name is not None, "recipes.py checks that a model without weights names its tokenizer"
-    revision = config.revision if name in (config.model, getattr(config, "config", None)) else None
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     check_words(tokenizer, name)
     if tokenizer.pad_token_id is None:

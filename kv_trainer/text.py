@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
@@ -59,6 +60,11 @@ class Encoded:
     supervised: int = 0
     segments: list[int] = field(default_factory=list)
     answer_position: int = -1
+
+
+def key_of_bytes(data: bytes) -> int:
+    """64 bits of a hash, as a signed number: columns and tensors hold that."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def render(example: Example, reader: Reader) -> tuple[str, list[Place]]:

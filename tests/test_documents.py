@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_models import FAMILIES
 
 from kv_trainer.experiments.experiment import load_experiment
 from kv_trainer.experiments.shared import finished
@@ -112,3 +113,8 @@ def test_every_row_is_there_and_names_a_command_that_is(benchmarks: dict) -> Non
     for row in rows.values():
         assert row["low"] <= row["ratio"] <= row["high"] and row["repeats"] >= 1
         assert (ROOT / row["command"].split()[1]).is_file()
+
+
+def test_the_families_are_counted() -> None:
+    for file in ("README.md", "CHANGELOG.md"):
+        assert re.findall(r"(\d+)(?: captured)? families", (ROOT / file).read_text()) == [str(len(FAMILIES))], file

@@ -13,22 +13,12 @@ from datasets import Dataset
 from ..arguments import Recipe, StoreConfig
 from ..fusion import method_of
 from ..manifest import differences, files_fingerprint, tokenizer_hash
-from ..teachers import TeacherNeeds
 from ..trainer import MultiTeacherKVTrainer
 from .shards import FORMAT, RECORD, damaged, opens, read_record
-from .teacher import how_loaded, key_of, what_is_read
+from .teacher import how_loaded, keys_of, what_is_read
 
 BITS = 8
 BEGUN = "begun.json"  # what a store is being made of, until store.json is written
-
-
-def check_importance(raw: bool, needs: TeacherNeeds) -> None:
-    """ValueError for what a store of all layers cannot know: it is a mean over those that a student is mapped to."""
-    if raw and needs.importance:
-        raise ValueError(
-            "A raw store has no importance of positions, which attention: teacher needs: it depends on the layers and "
-            "segments of a student. Take store.form: aligned, or attention: student."
-        )
 
 
 def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
@@ -63,9 +53,7 @@ def describe(trainer: MultiTeacherKVTrainer, recipe: Recipe) -> dict[str, Any]:
 
 def digest_of_rows(rows: Dataset, name: str, form: str) -> str:
     """Of all that a teacher reads, in its order: a shard is that of a number of rows."""
-    columns = {"input_ids", f"{name}/input_ids", f"{name}/own_text"} & set(rows.column_names)
-    keys = [key_of(row, name, form) for row in rows.select_columns(sorted(columns))]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(keys_of(rows, name, form))).encode()).hexdigest()[:16]
 
 
 def to_make_again(folder: Path, repair: bool) -> set[str]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import beside
+from ..text import key_of_bytes
 from .quantise import Parts, quantise, restore
 
 RECORD, FORMAT = "store.json", 2
@@ -23,9 +24,9 @@ FIGURES = ("raw_bytes", "errors", "squares", "left_out")
 
 
 def row_key(input_ids: Sequence[int], own_text: int | None = None) -> int:
-    """What a row is found by, whatever its place in the data set: a hash of tokens, and of a text's key (data.py)."""
-    data = numpy.asarray([*input_ids, *([] if own_text is None else [own_text])], dtype=numpy.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    """What a row is found by, whatever its place in the data set: of tokens, and of the key of a text of its own."""
+    numbers = [*input_ids, *([] if own_text is None else [own_text])]
+    return key_of_bytes(numpy.asarray(numbers, dtype=numpy.int64).tobytes())
 
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], bits: int, raw_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +16,14 @@ from ..arguments import DataConfig, MultiTeacherKVConfig, StoreConfig, TeacherCo
 from ..data import Reader
 from ..fusion import method_of
 from ..manifest import differences, files_fingerprint, tokenizer_hash
-from ..model_checks import is_here
+from ..model_checks import is_here, tokenizer_place
 from ..models import load_tokenizer
 from ..teachers import TeacherNeeds
 from ..types import KVShape, KVStates, TeacherSignal
 from .quantise import restore
 from .shards import PARTS, RECORD, StoreReader, damaged, read_record, row_key
+
+WHOLE = {"importance": True, "scores": True}  # what a store has at most
 
 
 class StoredTeacher:
@@ -73,9 +75,8 @@ class StoredTeacher:
 
     def check_rows(self, rows: Dataset) -> None:
         """ValueError if a row of encoded data is not stored."""
-        columns = {self.tokens, f"{self.name}/own_text"} & set(rows.column_names)
-        for number, row in enumerate(rows.select_columns(sorted(columns))):
-            if key_of(row, self.name, self.form) not in self.store:
+        for number, key in enumerate(keys_of(rows, self.name, self.form)):
+            if key not in self.store:
                 raise ValueError(
                     f"Row {number} of the training data is not in the store of teacher '{self.name}': the data or its "
                     "encoding changed; run kv-trainer precompute RECIPE into a new folder."
@@ -135,9 +136,11 @@ def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds, form: str
             "likelihoods": needs.scores and not told["scores"]}  # fmt: skip
     missing = [what for what, wanted in live.items() if wanted]
     if missing:
+        raw = missing[0] == "importance" and form == "raw"
+        instead = "take store.form: aligned" if raw else "precompute with this recipe's losses and fusion"
         raise ValueError(
             f"The store of teacher '{name}' has no {missing[0]}, which this recipe needs; set "
-            f"teachers.{name}.source: live, or precompute with this recipe's losses and fusion."
+            f"teachers.{name}.source: live, or {instead}."
         )
 
 
@@ -159,7 +162,7 @@ def check_stored(names: Sequence[str], config: StoreConfig, needs: TeacherNeeds)
         record = read_record(folder)
         form, known = record["form"], record["teachers"]
     else:
-        form, known = config.form or "aligned", dict.fromkeys(names, {"importance": True, "scores": True})
+        form, known = config.form or "aligned", dict.fromkeys(names, WHOLE)
     for name in names:
         check_has(name, known[name], needs, form)
     return [] if there else [f"store.path {folder} holds no store yet: kv-trainer precompute makes it."]
@@ -173,6 +176,12 @@ def key_of(row: Mapping[str, Any], name: str, form: str) -> int:
     if form == "raw":
         return row_key(row[f"{name}/input_ids"])
     return row_key(row["input_ids"], row.get(f"{name}/own_text"))
+
+
+def keys_of(rows: Dataset, name: str, form: str) -> Iterator[int]:
+    """`key_of` of all encoded rows, in their order."""
+    columns = {"input_ids", f"{name}/input_ids", f"{name}/own_text"} & set(rows.column_names)
+    return (key_of(row, name, form) for row in rows.select_columns(sorted(columns)))
 
 
 def what_is_read(data: DataConfig, name: str) -> dict[str, Any]:
@@ -189,8 +198,8 @@ def how_loaded(given: TeacherConfig) -> dict[str, Any]:
 
 def tokenizer_here(given: TeacherConfig) -> str | None:
     """The hash of a teacher's tokenizer where it is on this machine, which a stored teacher's need not be."""
-    place = given.tokenizer or str(given.model)
-    if not is_here(place, "tokenizer_config.json", given.revision if given.tokenizer is None else None):
+    place, revision = tokenizer_place(given)
+    if not is_here(str(place), "tokenizer_config.json", revision):
         return None
     with suppress(OSError, ValueError):  # a folder of weights alone
         return tokenizer_hash(load_tokenizer(given))
@@ -244,7 +253,8 @@ def open_teacher(
     if record["form"] == "raw":  # of any student
         for said in (now, saved):
             del said["alignment"], said["student"]
-    if tokenizer := tokenizer_here(given):  # the teacher must read what it read then
+    tokenizer = tokenizer_hash(reader.tokenizer) if record["form"] == "raw" else tokenizer_here(given)
+    if tokenizer:  # the teacher must read what it read then
         now["teachers"][name]["tokenizer"], saved["teachers"][name]["tokenizer"] = tokenizer, told["tokenizer"]
     files = files_fingerprint(str(given.model), given.revision)
     if files and told.get("files"):  # two models may lie in folders of one name
