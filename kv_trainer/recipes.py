@@ -1,4 +1,4 @@
-"""YAML recipes to the dataclasses of arguments.py, and back: strict, with line numbers and suggested spellings.
+"""YAML recipes to the dataclasses of arguments/, and back: strict, with line numbers and suggested spellings.
 
 Text becomes a tree in recipe_tree.py, and nodes become values in recipe_values.py; here are the sections, what must
 hold across them, and the way in and out.
