@@ -79,19 +79,21 @@ def check_wrong(args: MultiTeacherKVConfig) -> None:
     how = args.control.shuffle
     if how in ("rows", "rows_of_task") and args.per_device_train_batch_size < 2:
         raise ValueError(f"control.shuffle: {how} needs training.per_device_train_batch_size of 2 or more.")
-    parallel = args.parallelism_config
-    apart = [n for n in ("tp", "cp", "sp") if getattr(parallel, f"{n}_size", 1) > 1]
-    if apart:
-        raise ValueError(
-            f"training.parallelism_config has {apart[0]}_size {getattr(parallel, f'{apart[0]}_size')}: a student in "
-            "parts has no whole keys and values. Leave it out; ZeRO-3 and FSDP2 deal out weights, not states."
-        )
+    engine = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
+    sizes = {f"training.parallelism_config has {n}_size": getattr(args.parallelism_config, f"{n}_size", 1)
+             for n in ("tp", "cp", "sp")}  # fmt: skip
+    sizes["The DeepSpeed config has autotp_size"] = (engine.get("tensor_parallel") or {}).get("autotp_size", 1)
+    for place, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"{place} {size}: a student in parts has no whole keys and values. Leave it out; ZeRO-3 and FSDP2 deal "
+                "out weights, not states."
+            )
     options = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(
             "gradient_checkpointing_kwargs: {use_reentrant: true} gives keys and values no gradient; set it to false."
         )
-    engine = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
     taken = [name for name in ("optimizer", "scheduler") if name in engine]
     if taken:
         raise ValueError(

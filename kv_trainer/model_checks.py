@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ModelConfig
 
@@ -52,6 +52,15 @@ def check_length(place: str, config: PreTrainedConfig, length: int) -> None:
         raise ValueError(
             f"{place}: data.max_length is {length}, but this {config.model_type} has {most} positions and fails beyond "
             f"them; set data.max_length to {most} at most."
+        )
+
+
+def check_whole(place: str, model: PreTrainedModel) -> None:
+    """ValueError for a model under tensor parallelism: each process sees the keys and values of some heads alone."""
+    if (model.tp_size or 1) > 1:
+        raise ValueError(
+            f"{place} was loaded in {model.tp_size} parts (tensor parallelism), and has no whole keys and values; load "
+            "it without tp_plan and distributed_config. ZeRO-3 and FSDP2 deal out weights, not states."
         )
 
 

@@ -19,7 +19,7 @@ from .capture import count_parameters
 from .data import Reader
 from .losses import DistillationLoss
 from .losses.base import NEEDS
-from .model_checks import check_length, check_name, check_vocabulary
+from .model_checks import check_length, check_name, check_vocabulary, check_whole
 from .models import load_pretrained, load_random, load_student, load_tokenizer
 from .recipe_values import suggest
 from .store.teacher import open_teacher
@@ -185,12 +185,13 @@ def resolve_teachers(
 
 
 def check_together(student: PreTrainedModel, teachers: Mapping[str, Any], length: int) -> None:
-    """ValueError if the student is its own teacher, or rows of up to `length` tokens are too long for a model."""
+    """ValueError if the student is its own teacher, a model is in parts, or rows of `length` tokens are too long."""
     models = {f"teachers.{name}": getattr(teacher, "model", None) for name, teacher in teachers.items()}
     for place, model in {"student": student, **models}.items():
         if place != "student" and model is student:  # to freeze the one would freeze the other
             raise ValueError(f"{place} is the student itself; load it twice, or give a copy.deepcopy of it.")
         if model is not None:
+            check_whole(place, model)
             check_length(place, model.config.get_text_config(), length)
 
 

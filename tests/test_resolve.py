@@ -153,6 +153,15 @@ def test_a_student_is_not_its_own_teacher(world: World, tmp_path: Path) -> None:
         world.trainer(tmp_path, RELATION, student=student, teachers={"self": (student, world.tokenizer(40))})
 
 
+@pytest.mark.parametrize("place", ["student", "teachers.big"])
+def test_a_model_under_tensor_parallelism_is_refused(world: World, tmp_path: Path, place: str) -> None:
+    """What transformers writes on a model that it deals out over two processes."""
+    student, (teacher, tokenizer) = world.student(), world.teachers()["fine"]
+    (student if place == "student" else teacher)._tp_size = 2
+    with pytest.raises(ValueError, match=f"{place} was loaded in 2 parts .*has no whole keys and values"):
+        world.trainer(tmp_path, RELATION, student=student, teachers={"big": (teacher, tokenizer)})
+
+
 def test_teachers_that_no_loss_asks_are_told(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world.trainer(tmp_path, {"cross_entropy": CrossEntropy()})
     assert "teachers has no effect: no loss needs one; add to losses one that does" in caplog.text

@@ -593,6 +593,10 @@ def test_a_student_in_parts_is_refused(world, tmp_path: Path) -> None:
     args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2)
     with pytest.raises(ValueError, match="parallelism_config has cp_size 2: a student in parts has no whole keys"):
         check_arguments(args, {})
+    args.parallelism_config = None
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
+    with pytest.raises(ValueError, match="DeepSpeed config has autotp_size 2: a student in parts"):
+        check_arguments(args, {})
 
 
 @pytest.mark.parametrize("loss", [KVRelationLoss(samples=3), CKALoss(samples=3)])
