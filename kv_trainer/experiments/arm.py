@@ -30,7 +30,7 @@ from ..recipes import dump_recipe, load_recipe, saved_recipe, settings_of
 from ..run import leave_together, train
 from ..store.teacher import StoredTeacher
 from ..trainer import MultiTeacherKVTrainer
-from .fingerprints import CODE, digest, hash_evaluation, hash_rows, hash_weights, shared_prompts
+from .fingerprints import CODE, digest, hash_evaluation, hash_inputs, hash_rows, hash_weights, shared_prompts
 from .jobs import RECORD
 
 
@@ -159,7 +159,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if not resume and recipe.args.process_index == 0:
             remove_begun(folder)
     results = train(recipe, resume=resume, watch=recorder.attach)
-    record = recorder.record(results)
+    record = {**recorder.record(results), "inputs": hash_inputs(settings_of(dump_recipe(recipe)))}
     if recorder.trainer.is_world_process_zero():
         write_text(folder / RECORD, json.dumps(record) + "\n")
     return record

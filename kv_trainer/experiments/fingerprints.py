@@ -1,10 +1,11 @@
-"""Hashes by which two runs are told to have begun alike: weights, rows, and what a split shares with another."""
+"""Hashes by which two runs are told to have begun alike: files, weights, rows, and what a split shares with another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import nn
 
 from ..bridge import NAME
 from ..data import IGNORED
+from ..manifest import files_fingerprint
+
+READ_WITH = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # beside weights
 
 
 def digest(*parts: bytes) -> str:
@@ -30,6 +34,37 @@ def hash_code() -> str:
 
 
 CODE = hash_code()  # while the sources are those that are imported
+
+
+def hash_inputs(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Of all models and rows that a resolved recipe names by a path on this machine, by the place that names them."""
+    teachers = recipe.get("teachers") or {}
+    models = {"student": recipe.get("student"), **{f"teachers.{name}": teacher for name, teacher in teachers.items()}}
+    named = {f"{place}.{key}": (hash_model, (model or {}).get(key))
+             for place, model in models.items() for key in ("model", "tokenizer", "config")}  # fmt: skip
+    named["data.path"] = hash_files, (recipe.get("data") or {}).get("path")
+    return {place: hashed(path) for place, (hashed, path) in named.items() if path and Path(path).exists()}
+
+
+@cache
+def hash_model(path: str) -> str:
+    """Of a folder's weights, a few values of each tensor, and of what they are read with; of a file, all of it."""
+    if not Path(path).is_dir():
+        return hash_files(path)
+    beside = [file for name in READ_WITH if (file := Path(path, name)).exists()]
+    return digest(str(files_fingerprint(path)).encode(), *(file.read_bytes() for file in beside))[:16]
+
+
+@cache
+def hash_files(path: str) -> str:
+    """Of a file, or of all files of a folder with their names, but for hidden ones."""
+    root, found = Path(path), hashlib.sha256()
+    for file in sorted(f for f in root.rglob("[!.]*") if f.is_file()) if root.is_dir() else [root]:
+        found.update(file.relative_to(root).as_posix().encode())
+        with file.open("rb") as read:
+            while part := read.read(1 << 20):
+                found.update(part)
+    return found.hexdigest()[:16]
 
 
 def hash_weights(model: nn.Module) -> str:

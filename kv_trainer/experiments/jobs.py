@@ -16,9 +16,11 @@ from ..manifest import differences
 from ..recipe_tree import RecipeError
 from ..recipes import dump_recipe, load_recipe, saved_recipe, settings_of
 from .experiment import Experiment
+from .fingerprints import hash_inputs
 
 RECORD, LOG = "arm.json", "log.txt"
 NEEDED = ("seed", "steps", "tokens", "clocks", "metrics", "machine")  # what a report cannot do without
+REMOVE = "Remove it to run it again, or give another output_dir."
 HERE = "in the experiment"  # where messages say that what an arm changes was written
 
 
@@ -68,18 +70,17 @@ class Job:
         return any((teacher or {}).get("device_map") for teacher in teachers)
 
     def record(self) -> dict[str, Any] | None:
-        """What the finished run left; None where it is not finished. ValueError if it is of other settings."""
+        """What the finished run left; None where it is not finished. ValueError if it is of other settings or files."""
         path = self.folder / RECORD
         if not path.exists():
             return None
         record = read_record(path)
-        now = self.recipe_text(self.given_steps(record))
-        found = differences(settings_of(saved_recipe(self.folder)), settings_of(now))
+        now = settings_of(self.recipe_text(self.given_steps(record)))
+        found = differences(settings_of(saved_recipe(self.folder)), now)
         if found:
-            raise ValueError(
-                f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. Remove it to run it again, "
-                "or give another output_dir."
-            )
+            raise ValueError(f"{self.folder} holds a finished run of other settings: {'; '.join(found)}. {REMOVE}")
+        if changed := changed_since(record, now):
+            raise ValueError(f"{self.folder} holds a finished run of what {' and '.join(changed)} was before. {REMOVE}")
         clock = record["clocks"][self.experiment.clock]
         return {**record, "clock": clock, "seconds": clock[-1]}
 
@@ -105,6 +106,12 @@ class Job:
         steps, beside = self.given_steps(record), self.folder.with_name(f"{self.folder.name}-again")
         threads = [f"OMP_NUM_THREADS={record['threads']}"] if record.get("threads") else []
         return " ".join([*threads, shlex.join([*start, self.experiment.recipe, *self.overrides(steps, beside)])])
+
+
+def changed_since(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe names whose files are no longer those that a run was made of, as far as record and machine know."""
+    then, now = record.get("inputs") or {}, hash_inputs(recipe)
+    return [place for place in then if place in now and then[place] != now[place]]
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from typing import Any
 from ..files import write_text
 from ..recipes import saved_recipe, settings_of
 from .archive import runs_in
-from .jobs import LOG, RECORD, Job, read_record
+from .jobs import LOG, RECORD, Job, changed_since, read_record
 
 TAKEN = "taken_from"  # in the record: the run that was copied
 LEFT = ("checkpoint-*", LOG, "progress-*.json")
 
 
 def take_finished(job: Job) -> bool:
-    """Copy a finished run of the same settings, from the experiment's `runs_from`, to where this one would be.
+    """Copy a finished run of the same settings and files, from `runs_from`, to where this one would be.
 
     Whether there was one. Of an arm whose length is another's seconds there is none: it belongs to that other run. A
     begun run stays what it is.
@@ -30,7 +30,10 @@ def take_finished(job: Job) -> bool:
     wanted = without_place(settings_of(job.recipe_text()))
     for place in job.experiment.runs_from:
         for path in finished(place, job.seed):
-            if settings(path) == wanted and read_record(path).get("processes", 1) == 1:
+            if settings(path) != wanted:
+                continue
+            record = read_record(path)
+            if record.get("processes", 1) == 1 and not changed_since(record, wanted):
                 copy(path.parent, job, f"{place}/{path.parent.name}")
                 return True
     return False

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kv_trainer.cli import main
 from kv_trainer.evaluation import read_predictions
 from kv_trainer.experiments.arm import run
+from kv_trainer.experiments.fingerprints import hash_files, hash_inputs, hash_model
 from kv_trainer.recipes import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "two_teachers.yaml"
@@ -54,6 +56,32 @@ def test_what_differs_is_seen(plain: tuple[Path, dict[str, Any]], tmp_path: Path
     other = record(tmp_path, **ALONE, training__seed=2, data__eval_split="train", data__max_train_samples=11)
     assert not any(other[name] == plain[1][name] for name in ("initial", "train_rows", "eval_rows", "order"))
     assert other["shared_prompts"] == 6
+
+
+def test_files_are_known_by_what_counts_of_them(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    assert set(plain[1]["inputs"]) == {"student.tokenizer", "student.config", "data.path"}
+    teacher, rows = tmp_path / "teacher", tmp_path / "rows"
+    shutil.copytree(RECIPE.parent / "teachers" / "chain", teacher)
+    rows.mkdir()
+    (rows / "train.jsonl").write_text("{}")
+
+    def now() -> list[str]:
+        hash_model.cache_clear(), hash_files.cache_clear()
+        found = hash_inputs({"teachers": {"a": {"model": str(teacher)}}, "data": {"path": str(rows)}})
+        return [found["teachers.a.model"], found["data.path"]]
+
+    first = now()
+    (teacher / "README.md").write_text("another")
+    (rows / ".cache").write_text("another")
+    assert now() == first
+    weights = load_file(teacher / "model.safetensors")
+    next(iter(weights.values())).mul_(2)
+    save_file(weights, teacher / "model.safetensors")
+    (rows / "test.jsonl").write_text("{}")
+    second = now()
+    assert second[0] != first[0] and second[1] != first[1]
+    (teacher / "tokenizer.json").write_text("{}")
+    assert now()[0] != second[0]
 
 
 def test_predictions_are_what_the_metrics_count(plain: tuple[Path, dict[str, Any]]) -> None:

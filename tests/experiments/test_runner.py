@@ -19,9 +19,11 @@ from rich.console import Console
 from kv_trainer.experiments.archive import pack, runs_in
 from kv_trainer.experiments.compare import others_finished
 from kv_trainer.experiments.experiment import Experiment, load_experiment
+from kv_trainer.experiments.fingerprints import hash_files, hash_inputs
 from kv_trainer.experiments.jobs import Job
 from kv_trainer.experiments.runner import Runner, alone
 from kv_trainer.experiments.shared import take_finished
+from kv_trainer.recipes import settings_of
 
 FAKE = """
 import json, os, pathlib, sys, time
@@ -194,6 +196,31 @@ def test_a_finished_run_of_other_settings_is_not_taken(monkeypatch: pytest.Monke
     failed = again.run(jobs(again))
     assert len(failed) == 2
     assert "other settings: training.max_steps was 10, is 20" in str(next(iter(failed.values())))
+
+
+def test_a_finished_run_of_files_that_have_changed_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher trained anew, or rows made anew, in a folder of the old name."""
+    text = "{training: {max_steps: 10}, data: {path: rows.jsonl}, teachers: {big: {model: big}}}"
+    monkeypatch.setattr(Job, "recipe_text", lambda self, steps=None: text)
+    Path("rows.jsonl").write_text("1")
+    one = runner("{ce: {}}")
+    job = jobs(one)[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "recipe.yaml").write_text(text)
+    then = {"teachers.big.model": "not here now", **hash_inputs(settings_of(text))}
+    assert "data.path" in then
+    (job.folder / "arm.json").write_text(json.dumps({**BARE, "inputs": then}))
+    assert job.record() is not None
+    Path("rows.jsonl").write_text("2")
+    hash_files.cache_clear()
+    with pytest.raises(ValueError, match="holds a finished run of what data.path was before. Remove it to run it"):
+        job.record()
+    again = runner("{ce: {}}")
+    again.experiment.output_dir = "elsewhere"
+    again.experiment.runs_from = [one.experiment.output_dir]
+    assert not take_finished(jobs(again)[0])
+    Path("rows.jsonl").unlink()
+    assert take_finished(jobs(again)[0]), "what is not here cannot have changed"
 
 
 def test_what_fails_is_told_and_the_others_run_on() -> None:
