@@ -188,6 +188,19 @@ def test_states_in_half_precision_are_averaged_in_full() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["mean", "kmeans"])
+def test_a_teacher_that_is_the_likeliest_everywhere_is_near_to_all(kind: str) -> None:
+    """A large teacher beside a small one: its prototype less the mean of all rows would be rounding."""
+    fusion, generator = Similarity(prototypes=kind), torch.Generator().manual_seed(0)
+    both = [states(generator, heads, 4) for heads in (1, 2)]
+    rows = [pooled(s, s.mask).transpose(0, 1).flatten(1) for s in both]
+    best = torch.tensor([True] * len(rows[0]))
+    made = [fusion.make_prototypes(rows[0], best), fusion.make_prototypes(rows[1], ~best)]
+    ones = torch.ones(len(best))
+    shares = fusion.shares(FusionInputs(torch.ones(2), ones, teachers=both, prototypes=made))
+    assert (shares[0] > 0.8).all()
+
+
 def test_a_teacher_without_a_home_is_near_to_nothing() -> None:
     made = Similarity().make_prototypes(torch.randn(4, 6), torch.zeros(4, dtype=torch.bool))
     assert made.shape == (2, 6) and not made[1].any()

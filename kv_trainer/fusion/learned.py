@@ -30,7 +30,8 @@ class Similarity(Tempered):
     A teacher's prototypes are made before training, of the calibration rows that it finds likelier than the others
     do: the mean of its pooled keys and values (prototypes: mean), or `clusters` centres (kmeans). The similarity is
     the cosine of the sample's pooled states, less the mean of all calibration rows, to the nearest prototype;
-    w_m = softmax(similarity_m / temperature).
+    w_m = softmax(similarity_m / temperature). A teacher that is the likeliest on all calibration rows has them all for
+    its home: nothing is taken off, and all samples are near.
     Source: prototype similarity as in ProtoNet, arXiv 1703.05175, on pooled KV; the form is this package's.
     """
 
@@ -58,9 +59,10 @@ class Similarity(Tempered):
     def make_prototypes(self, rows: Tensor, own: Tensor) -> Tensor:
         """[1 + K, C]: the mean of all pooled rows [N, C], then the centres of the teacher's own (own [N] bool) less it.
 
-        A teacher that is the best on no row keeps one prototype, zero, to which nothing is near.
+        A teacher that is the best on no row keeps one prototype, zero, to which nothing is near. Of one that is the
+        best on all, the mean of its own less that of all would be rounding.
         """
-        centre = rows.mean(0)
+        centre = torch.zeros_like(rows[0]) if own.all() else rows.mean(0)
         count = 1 if self.prototypes == "mean" else self.clusters
         home = rows[own] - centre
         if not len(home):

@@ -128,7 +128,8 @@ class KVRelationLoss(LayerwiseLoss):
                 target, weight = fuse_by_element(theirs, shares, gram.detach(), inputs.fusion)
             else:
                 target, weight = fuse(theirs, shares)
-        energy = target.detach().square().sum((2, 3))
+        # With the router's gradient: of the numerator alone, its shares would move where the term rises.
+        energy = target.square().sum((2, 3))
         # Without any relation in the target (one position, or equal ones) the group teaches nothing.
         return (gram * weight - target).square().sum((2, 3)) / energy.clamp_min(FLOOR) * (energy > FLOOR)
 

@@ -102,6 +102,23 @@ def test_gradient_is_the_slope(name: str, seed: int, direction: str) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
+def test_gradient_in_the_shares_is_the_slope(name: str, seed: int, direction: str) -> None:
+    """What a router learns by: moving the shares of all samples from one teacher to the other, as a softmax does."""
+    if (name, direction) == ("kv", "teacher_to_student"):
+        pytest.skip("measured in the detached spread of a target that is trained itself, as it says")
+    inputs, loss = random_inputs(seed, direction=direction), defaults(name)
+    weights = inputs.weights.requires_grad_()
+    step = torch.tensor([1.0, -1.0])[:, None] * torch.rand(weights.shape[1], generator=torch.Generator().manual_seed(9))
+    size = 2e-3
+    slope = (torch.autograd.grad(loss(inputs), weights, allow_unused=True, materialize_grads=True)[0] * step).sum()
+    with torch.no_grad():
+        values = [float(loss(dataclasses.replace(inputs, weights=weights + sign * size * step))) for sign in (1, -1)]
+    torch.testing.assert_close(torch.tensor((values[0] - values[1]) / (2 * size)), slope, rtol=2e-2, atol=2e-3)
+
+
+@every_loss
 @pytest.mark.parametrize("content", [0.0, 3.0, -1e4])
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (0, 9), (1, 0), (9, 0), (4, 3)])
 def test_padding_changes_nothing(name: str, left: int, right: int, content: float) -> None:
