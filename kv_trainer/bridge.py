@@ -22,7 +22,7 @@ from .alignment.shuffle import other_positions, other_rows
 from .arguments import FreezeConfig, MultiTeacherKVConfig
 from .balance import Balance, check_reference
 from .capture import KVCapture, require_gradient
-from .fusion import FusionInputs, Router, check_given, teacher_shares
+from .fusion import FusionInputs, Router, check_given, teacher_shares, to_the_heard
 from .importance import answer_labels, importance
 from .losses import DistillationLoss, LayerwiseLoss, LossInputs, TeacherLogits, needs_teacher
 from .losses.base import chosen_layers
@@ -42,8 +42,8 @@ class Supervision:
     """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step.
 
     signals: as the teachers give them, or already aligned by `KVBridge.align`, which lets go of what is not needed.
-    step, progress: optimizer steps done, and their share of the run. tasks, answer_positions [B], segments [B, T]:
-    where known.
+    step, progress: optimizer steps done, and their share of the run. tasks, answer_positions, tokens (see FusionInputs)
+    [B], segments [B, T]: where known.
     measure: called with the raw terms, their graph whole, before they are weighed; inside the wrapped forward pass.
     """
 
@@ -57,6 +57,7 @@ class Supervision:
     tasks: Tensor | None = None
     answer_positions: Tensor | None = None
     segments: Tensor | None = None
+    tokens: Tensor | None = None
     measure: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
@@ -291,21 +292,23 @@ class KVBridge(nn.Module):
             """Scores belong to the teacher's rows, as its states do."""
             return x if order is None or x is None else x[..., order]
 
+        tokens = (given.labels != -100).sum(1) if given.tokens is None else given.tokens
         found = FusionInputs(
-            given=self.given.to(given.labels.device),
-            tokens=of_rows((given.labels != -100).sum(1)),
+            given=self.given.to(given.labels.device), tokens=of_rows(tokens),
             nll=of_rows(torch.stack([s.nll for s in signals])) if signals[0].nll is not None else None,
             entropy=of_rows(torch.stack([s.entropy for s in signals])) if signals[0].entropy is not None else None,
             tasks=of_rows(given.tasks), task_nll=self.task_nll, teachers=list(inputs.teachers.values()),
             student=inputs.student, prototypes=self.prototypes, router=self.router,
         )  # fmt: skip
-        return teacher_shares(self.fusion, found)
+        heard = torch.stack([teacher.mask.any(1) for teacher in inputs.teachers.values()])
+        return to_the_heard(teacher_shares(self.fusion, found), heard)
 
     def _fill(self, inputs: LossInputs, given: Supervision, aligned: Mapping[str, AlignedTeacher]) -> None:
         """What some loss needs beyond keys and values."""
         assert inputs.weights is not None
         student: Any = inputs.student
         inputs.teacher_hidden = {n: a.hidden for n, a in aligned.items() if a.hidden is not None}
+        inputs.answered = {n: a.answered for n, a in aligned.items() if a.answered is not None}
         for name, teacher in aligned.items():
             if teacher.last is not None:
                 inputs.teacher_logits[name] = TeacherLogits(teacher.last, *self.heads[name])

@@ -20,6 +20,7 @@ from .alignment.mapping import align
 from .alignment.matching import layer_similarity, match_layers
 from .bridge import KVBridge
 from .capture import capture_kv
+from .collator import tokens_of
 from .fusion import Similarity, TaskWise
 from .fusion.learned import pooled
 from .teachers import Teacher, TeacherNeeds
@@ -82,7 +83,7 @@ class Calibration:
         for batch in self.batches(chosen):
             said: list[Any] = [t.signal(batch["teachers"][n]) for n, t in self.teachers.items()]
             nll = torch.stack([signal.nll for signal in said])
-            found.append(nll / (batch["labels"] != -100).sum(1).clamp_min(1))
+            found.append(nll / tokens_of(batch).clamp_min(1))
         scores = torch.cat(found, dim=1)
         for name, each in zip(self.teachers, scores, strict=True):
             if each.isnan().any():

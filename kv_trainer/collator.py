@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .text import IGNORED
 
+NUMBERS = ("supervised", "answer_position")  # of a teacher's row
 Reads = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
@@ -18,7 +19,7 @@ Reads = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 class KVCollator:
     """Pads encoded rows to a batch: input_ids, attention_mask, labels [B, T]; those and index [B, T] a teacher.
 
-    Where the rows have them also row, answer_position and task (-1: none) [B], segments [B, T], and a teacher's
+    Where the rows have them also row, answer_position, task (-1: none) and supervised [B], segments [B, T], a teacher's
     segments [B, S] and rank [B, T]; where the teacher reads some of the rows alike, `distinct` and `again`, see
     `repetitions`. index is long, or float where it lies between positions; all are padded with -1.
     pad_token_id: the student's; teacher_pad_ids: each teacher's. Padding is on the right, masked everywhere. stores: of
@@ -31,7 +32,7 @@ class KVCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = text_batch(rows, "", self.pad_token_id)
-        for name in ("row", "answer_position", "task"):
+        for name in ("row", "answer_position", "task", "supervised"):
             if name in rows[0] and not isinstance(rows[0][name], str):  # evaluation rows have the task's name
                 batch[name] = torch.tensor([-1 if row[name] is None else row[name] for row in rows])
         batch.update(positions(rows, "", ("segments",)))
@@ -39,7 +40,7 @@ class KVCollator:
             name: {
                 **text_batch(rows, f"{name}/", pad),
                 **positions(rows, f"{name}/", ("index", "segments", "rank")),
-                "supervised": torch.tensor([row[f"{name}/supervised"] for row in rows]),
+                **{key: torch.tensor([row[f"{name}/{key}"] for row in rows]) for key in NUMBERS},
                 **({} if name in self.stores else repetitions(rows, f"{name}/")),
             }
             for name, pad in self.teacher_pad_ids.items()
@@ -49,6 +50,12 @@ class KVCollator:
             if name in batch["teachers"]:
                 batch["teachers"][name]["stored"] = read(rows)
         return batch
+
+
+def tokens_of(batch: Mapping[str, Any]) -> Tensor:
+    """[B], the student's supervised tokens of the whole rows, as if none were cut: what likelihoods are divided by."""
+    told: Tensor | None = batch.get("supervised")
+    return (batch["labels"] != IGNORED).sum(1) if told is None else told
 
 
 def repetitions(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Tensor]:

@@ -78,10 +78,11 @@ def encode_rows(
 ) -> Dataset:
     """A data set of ids, labels, and for each teacher its ids, labels and index into its positions.
 
-    Columns: row (its number), input_ids, labels, answer_position (see text.Encoded), task (a number, see `task_names`;
-    where rows have one), and `<teacher>/input_ids`, `<teacher>/labels`, `<teacher>/index` and `<teacher>/supervised`;
-    plus those of `keep`, for evaluation EVALUATED, where task is the text and labels are on completions alone. index
-    is of ints under time `same_text` and `truncate`, of floats else. `segment_aware` and `rkv` add segments and
+    Columns: row (its number), input_ids, labels, answer_position and supervised (see text.Encoded), task (a number, see
+    `task_names`; where rows have one), and, with `<teacher>/` before their names, input_ids, labels, supervised, index
+    and answer_position, -1 also where it says another answer and time is `same_text`; plus those of `keep`, for
+    evaluation EVALUATED, where task is the text and labels are on completions alone. index is of ints under time
+    `same_text` and `truncate`, of floats else. `segment_aware` and `rkv` add segments and
     `<teacher>/segments`, and `rkv` adds `<teacher>/rank`: for a student position whose reasoning differs, of which of
     the teacher's selected reasoning positions, in time order, it is taught the keys and values; -1 elsewhere. The
     longest rank + 1 is the row's budget. A teacher with a text of its own has `<teacher>/own_text`, a hash of that.
@@ -116,7 +117,7 @@ def encode_rows(
         example = example_of(row, config)
         ours = encode_as(example, student)
         result: dict[str, Any] = {"row": number, "input_ids": ours.input_ids, "labels": ours.labels}
-        result["answer_position"] = ours.answer_position
+        result |= {"answer_position": ours.answer_position, "supervised": ours.supervised}
         if time.method in SEGMENTED:
             result["segments"] = ours.segments
         if config.task or "task" in columns:
@@ -130,6 +131,8 @@ def encode_rows(
             result[f"{name}/input_ids"] = theirs.input_ids
             result[f"{name}/labels"] = theirs.labels
             result[f"{name}/supervised"] = theirs.supervised
+            same = time.method != "same_text" or other.answer == example.answer
+            result[f"{name}/answer_position"] = theirs.answer_position if same else -1
             if time.method in SEGMENTED:
                 result[f"{name}/segments"] = theirs.segments
             result.update(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .alignment.mapping import AlignedTeacher
-from .data import IGNORED
+from .collator import tokens_of
 from .fusion import Fusion, FusionInputs, teacher_shares
 from .teachers import Teacher
 from .types import TeacherSignal
@@ -81,9 +81,9 @@ class TeacherPanel:
 
     def shares(self, batch: Mapping[str, Any], nll: Tensor | None, entropy: Tensor | None) -> Tensor:
         """[M, B] of a fusion that is `remembered`."""
-        labels = batch["labels"]
+        tokens = tokens_of(batch)
         inputs = FusionInputs(
-            given=self._given.to(labels.device), tokens=(labels != IGNORED).sum(1), nll=nll, entropy=entropy,
+            given=self._given.to(tokens.device), tokens=tokens, nll=nll, entropy=entropy,
             tasks=batch.get("task"), task_nll=self.task_nll,
         )  # fmt: skip
         return teacher_shares(self.fusion, inputs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from .alignment.time import linear_indices, segment_indices
@@ -18,10 +21,13 @@ def align_rows(
 ) -> dict[str, list]:
     """A teacher's `index` for each student position, and under rkv `rank`; see data.encode_rows.
 
-    example, other: the row's text as the student and as the teacher reads it. Their prompts are the same.
+    example, other: the row's text as the student and as the teacher reads it. Their prompts are the same. What is
+    resampled is the whole row, whatever was cut of it: else the student's beginning would be taught the teacher's end.
+    A row that was cut has no ranks: of what is left, R-KV would select for the whole.
     """
+    source, target = (row.whole or row.segments for row in (theirs, ours))
     if time.method == "linear":
-        return {"index": linear_indices(1, len(theirs.input_ids), len(ours.input_ids))[0].tolist()}
+        return {"index": of_what_is_left(linear_indices(1, len(source), len(target))[0].tolist(), ours, theirs)}
     if time.method == "truncate":
         return {"index": [i if i < len(theirs.input_ids) else -1 for i in range(len(ours.input_ids))]}
     differing = {s for s in (REASONING, ANSWER) if SEGMENT_TEXT[s](example) != SEGMENT_TEXT[s](other)}
@@ -30,13 +36,29 @@ def align_rows(
         skipped = {REASONING, ANSWER, NONE} if differing else set()
         return {"index": span_index(shared_spans(ours, example, skipped), shared_spans(theirs, other, skipped))}
     spans = span_index(shared_spans(ours, example, differing), shared_spans(theirs, other, differing))
-    linear = segment_indices(torch.tensor([theirs.segments]), torch.tensor([ours.segments]))[0].tolist()
-    selected = differing & {REASONING} if time.method == "rkv" else set()
+    resampled = segment_indices(torch.tensor([source]), torch.tensor([target]))[0].tolist()
+    linear = of_what_is_left(resampled, ours, theirs)
+    selected = differing & {REASONING} if not (ours.kept or theirs.kept) else set()
     index = [
         by_line if segment in differing else float(by_span)
         for segment, by_line, by_span in zip(ours.segments, linear, spans, strict=True)
     ]
     return {"index": index} | ({"rank": ranks(ours, theirs, time.budget, selected)} if time.method == "rkv" else {})
+
+
+def of_what_is_left(index: Sequence[float], ours: Encoded, theirs: Encoded) -> list[float]:
+    """An index of whole rows as one of those that were cut; -1 where the teacher's part was cut off."""
+    index = [index[i] for i in ours.kept] if ours.kept else list(index)
+    if not theirs.kept:
+        return index
+    place = {position: left for left, position in enumerate(theirs.kept)}
+
+    def left(at: float) -> float:
+        low, high = math.floor(at), math.ceil(at)
+        beside = low in place and high in place and place[high] - place[low] == high - low
+        return place[low] + at - low if beside else -1.0
+
+    return [left(at) for at in index]
 
 
 def shared_spans(row: Encoded, example: Example, skipped: set[int]) -> list[Span]:

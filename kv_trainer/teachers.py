@@ -170,7 +170,7 @@ class Teacher:
             kv if self.needs.queries else replace(kv, queries=None, attention=None), batch["index"], nll, rows, entropy,
             weights,
             last if self.needs.final else None,
-            batch.get("rank"), text.get("segments"),
+            batch.get("answer_position"), batch.get("rank"), text.get("segments"),
             attention_mass(kv, answer, by_head=True) if self.needs.mass else None,
         )  # fmt: skip
         return found if again is None else found.repeated(again)

@@ -52,6 +52,7 @@ class Encoded:
 
     supervised: tokens with a label before the row was cut to its longest length. segments: NONE, PROMPT, REASONING or
     ANSWER of every token. answer_position: the one whose logits predict the answer's first token, -1 where unknown.
+    whole: the segments before the cut, and `kept` which of their tokens are left; empty where none was cut.
     """
 
     input_ids: list[int]
@@ -60,6 +61,8 @@ class Encoded:
     supervised: int = 0
     segments: list[int] = field(default_factory=list)
     answer_position: int = -1
+    whole: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
 
 
 def key_of_bytes(data: bytes) -> int:
@@ -110,14 +113,15 @@ def encode(
     ids: list[int] = list(out["input_ids"])
     spans: list[Span] = []
     labels: list[int] = []
-    for token, (start, end), special in zip(ids, out["offset_mapping"], out["special_tokens_mask"], strict=True):
+    offsets, unsure = settled(out["offset_mapping"], text)
+    for i, (token, (start, end), special) in enumerate(zip(ids, offsets, out["special_tokens_mask"], strict=True)):
         if special and not reader.chat:
             # An end token that the tokenizer puts there by itself is learned like the one added below.
             last = bool(spans) and token == tokenizer.eos_token_id
             spans.append(EOS if last else BOS if token == tokenizer.bos_token_id else None)
             labels.append(token if last else IGNORED)
             continue
-        spans.append(locate(start, end, places))
+        spans.append(None if i in unsure else locate(start, end, places))
         # A token across the border is learned: it is what must follow the tokens before it, and else it would give
         # the answer's first characters away in `prompt_ids`.
         labels.append(token if end > begin else IGNORED)
@@ -128,17 +132,41 @@ def encode(
         spans.append(EOS)
         labels.append(eos)
     segments = [example.segment(span) for span in spans]
+    starts = bool(ids) and ids[0] == tokenizer.bos_token_id
     whole = Encoded(ids, labels, spans, sum(label != IGNORED for label in labels), segments)
     whole.answer_position = segments.index(ANSWER) - 1 if ANSWER in segments else -1
-    return truncate(whole, max_length, truncation_side)
+    return truncate(whole, max_length, truncation_side, starts)
 
 
-def truncate(row: Encoded, max_length: int, side: Literal["right", "left"]) -> Encoded:
-    """The first, or the last, `max_length` tokens of a row; a start token, which models lean on, is kept."""
+def settled(offsets: Sequence[tuple[int, int]], text: str) -> tuple[list[tuple[int, int]], set[int]]:
+    """Offsets that reach as far as a token has read, and the numbers of those of which nobody can tell.
+
+    A tokenizer that composes characters (NFC) leaves a mark out of the offsets of the token that holds it; one that
+    trims them leaves out blanks, of which a token of nothing else then has an end too early.
+    """
+    found, unsure, following = list(offsets), set(), len(text)
+    for i in reversed(range(len(found))):
+        start, end = found[i]
+        if start == end:  # a special token of the template's, or one of no text
+            continue
+        between = text[end:following]
+        if between.strip():
+            found[i] = (start, end + len(between.rstrip()))
+        elif between and text[start:end].isspace():
+            unsure.add(i)
+        following = start
+    return found, unsure
+
+
+def truncate(row: Encoded, max_length: int, side: Literal["right", "left"], starts: bool = False) -> Encoded:
+    """The first, or the last, `max_length` tokens of a row.
+
+    starts: the first is a start token, which models lean on: it is kept.
+    """
     count = len(row.input_ids)
     if count <= max_length:
         return row
-    first = int(side == "left" and row.spans[0] == BOS)
+    first = int(side == "left" and starts)
     kept = range(max_length) if side == "right" else [*range(first), *range(count - max_length + first, count)]
     ids, labels, segments = ([values[i] for i in kept] for values in (row.input_ids, row.labels, row.segments))
     spans = [row.spans[i] for i in kept]
@@ -148,7 +176,10 @@ def truncate(row: Encoded, max_length: int, side: Literal["right", "left"]) -> E
         spans[last] = None
         last -= 1
     answer = list(kept).index(row.answer_position) if row.answer_position in kept else -1
-    return replace(row, input_ids=ids, labels=labels, spans=spans, segments=segments, answer_position=answer)
+    return replace(
+        row, input_ids=ids, labels=labels, spans=spans, segments=segments, answer_position=answer, whole=row.segments,
+        kept=list(kept),
+    )
 
 
 def locate(start: int, end: int, places: Sequence[Place]) -> Span:

@@ -23,6 +23,7 @@ from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, Metr
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments, check_batches, check_best_task
+from .collator import tokens_of
 from .data import Reader, task_names
 from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
@@ -263,7 +264,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
             self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
-            inputs.get("segments"), self.monitor.measure(self.model, self.accelerator, step, step / steps),
+            inputs.get("segments"), tokens_of(inputs),
+            self.monitor.measure(self.model, self.accelerator, step, step / steps),
         )  # fmt: skip
         # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
         eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()

@@ -123,6 +123,7 @@ class TeacherSignal:
     rows: [b] long, the samples of the batch that kv, importance and last hold, in order; None for all of them.
     entropy: [B], mean entropy at the supervised positions as a share of the log of the vocabulary, or None.
     importance: [b, S], how much the answer attends to each position, or None. last: [b, S, C], last hidden states.
+    answers: [B] long, the teacher position from which it says its answer's first token, -1 where there is none.
     rank [B, T], segments [b, S] and mass, per captured layer [b, H, S], where R-KV selects: see data.encode_rows.
     """
 
@@ -133,6 +134,7 @@ class TeacherSignal:
     entropy: Tensor | None = None
     importance: Tensor | None = None
     last: Tensor | None = None
+    answers: Tensor | None = None
     rank: Tensor | None = None
     segments: Tensor | None = None
     mass: list[Tensor] | None = None

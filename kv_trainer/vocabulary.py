@@ -74,7 +74,9 @@ def meanings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, int]:
     # A token of a whole character before the byte of the same.
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda pair: bool(BYTE.fullmatch(pair[0]))):
         special = i in added and added[i].special
-        name = token if special else token.encode() if i in added else bytes_of(token, byte_level, inside)
+        # Of a run of blanks merges make the same token as of its name: Gemma lists its own as added ones too.
+        literal = i in added and (byte_level or token.strip("\u2581"))
+        name = token if special else token.encode() if literal else bytes_of(token, byte_level, inside)
         found.setdefault(name, i)
     return found
 

@@ -36,8 +36,8 @@ def test_rows_are_encoded_for_student_and_every_teacher(tiny_tokenizer):
     keep = ("prompt_ids", "task", "answer")
     rows = Dataset.from_list(ROWS)
     found = encode_rows(rows, Reader(student), readers, DataConfig(), keep=keep)
-    assert set(found.column_names) == {"row", "input_ids", "labels", "answer_position", *keep} | {
-        f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index", "supervised")
+    assert set(found.column_names) == {"row", "input_ids", "labels", "answer_position", "supervised", *keep} | {
+        f"{t}/{c}" for t in readers for c in ("input_ids", "labels", "index", "supervised", "answer_position")
     }
     for row, given_row in zip(found, ROWS, strict=True):
         assert student.decode(row["prompt_ids"]) == given_row["prompt"]
@@ -265,6 +265,51 @@ def test_indices_stay_inside_rows_that_are_cut(tiny_tokenizer, method, length, s
         assert max(row["math/index"]) <= len(row["math/input_ids"]) - 1
         if method in ("segment_aware", "rkv"):
             check_segments(row)
+
+
+def kept(count: int, length: int, side: str, start: bool) -> list[int]:
+    """The positions that are left of `count`; a start token always is."""
+    if count <= length or side == "right":
+        return list(range(min(count, length)))
+    return [*range(start), *range(count - length + start, count)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", ["linear", "segment_aware", "rkv"])
+@pytest.mark.parametrize("length", [12, 25, 60])
+def test_a_cut_leaves_each_position_where_it_was(tiny_tokenizer, method, length, side):
+    """Else what is left of the student's text would be taught the whole of the teacher's."""
+    whole = encode_own(tiny_tokenizer, TimeAlignment("segment_aware" if method == "rkv" else method))
+    options = {"max_length": length, "truncation_side": side, "train_on_prompt": True}
+    met = 0
+    for row, before in zip(encode_own(tiny_tokenizer, TimeAlignment(method), **options), whole, strict=True):
+        ours = kept(len(before["input_ids"]), length, side, start=True)
+        theirs = kept(len(before["math/input_ids"]), length, side, start=False)
+        assert row["input_ids"] == [before["input_ids"][i] for i in ours]
+        for i, at in zip(ours, row["math/index"], strict=True):
+            if at >= 0:
+                there = theirs[math.floor(at)] + at - math.floor(at)
+                assert there == pytest.approx(before["math/index"][i], abs=1e-4)
+                met += 1
+        if method == "rkv":
+            assert len(theirs) == len(before["math/input_ids"]) or set(row["math/rank"]) == {-1}
+    assert met
+
+
+def test_each_side_says_its_own_answer(tiny_tokenizer):
+    """Behind its own reasoning, not at the position that has read the same as the other."""
+    rows = [{"prompt": "what is two times three?", "completion": "#### 6", "long": " two times three #### 6"}]
+    config, readers = DataConfig(teacher_text={"math": "{long}"}), {"math": Reader(tiny_tokenizer(0))}
+    row = encode_rows(
+        Dataset.from_list(rows), Reader(tiny_tokenizer(40)), readers, config, time=TimeAlignment("segment_aware")
+    )[0]
+    ours, theirs = row["answer_position"], row["math/answer_position"]
+    assert tiny_tokenizer(40).decode(row["input_ids"][: ours + 1]) == "what is two times three?"
+    assert tiny_tokenizer(0).decode(row["math/input_ids"][: theirs + 1]) == "what is two times three? two times three "
+    assert row["math/index"][ours] != theirs
+    first, second = encode_own(tiny_tokenizer, TimeAlignment())
+    assert first["math/answer_position"] > 0 and second["math/answer_position"] == -1, "9 is not 12"
+    assert encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))[1]["math/answer_position"] > 0
 
 
 @pytest.mark.parametrize("column", ["question", "reply"])

@@ -26,6 +26,7 @@ from kv_trainer.fusion import (
     check_given,
     method_of,
     teacher_shares,
+    to_the_heard,
 )  # fmt: skip
 from kv_trainer.fusion.learned import k_means, pooled
 from kv_trainer.fusion.targets import min_norm_weights
@@ -316,6 +317,18 @@ def test_tiny_shares_are_zero() -> None:
     shares = teacher_shares(Confidence(), found)
     assert (shares[1] == 0).all() and MIN_SHARE == 1e-3
     torch.testing.assert_close(shares.sum(0), torch.ones(SAMPLES))
+
+
+def test_the_share_of_a_silent_teacher_goes_to_the_others() -> None:
+    share = torch.tensor([[0.5, 0.2, 0.3, 1.0], [0.3, 0.2, 0.7, 0.0], [0.2, 0.6, 0.0, 0.0]])
+    heard = torch.tensor([[True, False, False, False], [True, True, False, True], [True, True, True, True]])
+    found = to_the_heard(share, heard)
+    assert found.T.tolist() == [
+        pytest.approx(row) for row in ([0.5, 0.3, 0.2], [0, 0.25, 0.75], [0.3, 0.7, 0.0], [1.0, 0.0, 0.0])
+    ], "where nobody who has a share says anything, shares stay, and count nowhere"
+    assert torch.equal(found[:, 0], share[:, 0]), "to the last digit where all speak"
+    by_layer = share[:, None].repeat(1, 2, 1)
+    assert torch.equal(to_the_heard(by_layer, heard), found[:, None].repeat(1, 2, 1))
 
 
 def test_a_router_finds_back_from_an_extreme() -> None:

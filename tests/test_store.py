@@ -54,7 +54,7 @@ def test_a_channel_that_is_constant_comes_back() -> None:
 
 def test_rows_are_found_by_key_whatever_their_order(tmp_path: Path) -> None:
     rows = [
-        {"key": row_key([i, 7]), "position": torch.arange(i % 3), "keys": torch.full((i % 3, 4), float(i)),
+        {"key": row_key([i, 7], [0, 7]), "position": torch.arange(i % 3), "keys": torch.full((i % 3, 4), float(i)),
          "values": torch.full((i % 3, 4), -float(i)), "nll": torch.tensor(i / 2), "entropy": torch.tensor(0.1),
          "asked": True}
         for i in range(6)
@@ -62,13 +62,30 @@ def test_rows_are_found_by_key_whatever_their_order(tmp_path: Path) -> None:
     for number, some in enumerate((rows[:4], rows[4:])):
         write_shard(tmp_path / f"{number}.safetensors", some, 16, 1)
     reader = StoreReader(tmp_path, ["0.safetensors", "1.safetensors"])
-    found = reader.read([row_key([i, 7]) for i in (5, 1, 0)], length=4)
+    found = reader.read([row_key([i, 7], [0, 7]) for i in (5, 1, 0)], length=4)
     assert found["nll"].tolist() == [2.5, 0.5, 0.0]
     assert found["mask"].tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
     assert found["keys.data"][:, 0, 0].tolist() == [5.0, 1.0, 0.0]
-    assert row_key([9, 9]) not in reader
+    assert row_key([9, 9], [9, 9]) not in reader and row_key([5, 7], [5, 7]) not in reader, "other tokens are learned"
     with pytest.raises(KeyError):
-        reader.read([row_key([9, 9])], 4)
+        reader.read([row_key([9, 9], [9, 9])], 4)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_row_that_was_left_out_does_not_hide_one_alike(tmp_path: Path, order: list[int]) -> None:
+    """As where the fusion goes by task, and two rows of unlike tasks have one text."""
+    full, empty = ({"key": 5, "position": torch.arange(n), "keys": torch.ones(n, 4), "values": torch.ones(n, 4),
+                    "asked": n > 0} for n in (2, 0))  # fmt: skip
+    write_shard(tmp_path / "0.safetensors", [(full, empty)[i] for i in order], 16, 1)
+    assert StoreReader(tmp_path, ["0.safetensors"]).read([5], 3)["mask"].tolist() == [[True, True, False]]
+
+
+def test_what_float16_cannot_hold_is_refused() -> None:
+    x = torch.tensor([[1e5, 1.0], [0.0, 2.0]])
+    with pytest.raises(ValueError, match="store.bits is 16, float16, and a teacher's states reach 1e.05"):
+        quantise(x, 16)
+    stored = quantise(x, 8)
+    torch.testing.assert_close(restore(stored["data"], stored["low"], stored["step"], 2), x)
 
 
 # ---- runs

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import ByT5Tokenizer
 
 from kv_trainer.alignment.tokens import BOS, EOS, span_index
@@ -203,6 +203,38 @@ def test_chat_adds_no_end_token_or_start_token_of_its_own(tiny_tokenizer):
     tokenizer = tiny_tokenizer(bos=True, chat_template=PLAIN)
     text = "<|user|>\nwhat is two times three?<|end|>\n<|assistant|>\nsix<|end|>\n"
     assert tokenizer.decode(encode(Example(QUESTION, "six"), Reader(tokenizer, chat=True), 999).input_ids) == text
+
+
+def test_a_start_token_of_the_template_is_kept_too(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(bos=True, chat_template="<s>" + PLAIN)
+    reader = Reader(tokenizer, chat=True)
+    short = encode(SIX, reader, 8, truncation_side="left")
+    assert short.input_ids[0] == tokenizer.bos_token_id and len(short.input_ids) == 8
+    assert short.input_ids[1:] == encode(SIX, reader, 999).input_ids[-7:]
+
+
+def test_a_composed_character_is_read_to_its_end(tiny_tokenizer):
+    """NFC makes one token of a letter and its mark, with the offsets of the letter alone."""
+    composing = tiny_tokenizer(0)
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    example = Example([], "cafe\u0301s")
+    ours, theirs = (encode(example, Reader(t), 999) for t in (tiny_tokenizer(0), composing))
+    index = span_index(ours.spans, theirs.spans)
+    letter = ours.spans.index((0, 3, 4))
+    assert index[letter] == -1, "the other has read its mark as well"
+    assert theirs.spans[index[letter + 2]] == (0, 3, 5), "the mark is of two bytes"
+
+
+def test_of_trimmed_blanks_nobody_can_tell(tiny_tokenizer):
+    """With trim_offsets a token of blanks ends where the first of them does; a word may stand before a blank."""
+    text = "f(x):\n    return x"
+    trimmed = tiny_tokenizer(120, corpus=[text] * 9)
+    trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    found = encode(Example([], text), Reader(trimmed), 999)
+    names = trimmed.convert_ids_to_tokens(found.input_ids)
+    blanks = [i for i, name in enumerate(names) if name.startswith("\u010a\u0120")]
+    assert blanks and all(found.spans[i] is None and found.labels[i] != IGNORED for i in blanks)
+    assert all(found.spans[i] is not None for i in range(len(names)) if i not in blanks)
 
 
 WORDS = st.text("ab é\n🦊[]", min_size=1, max_size=12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kv_trainer.vocabulary import ALPHABET, meanings, shared_tokens
@@ -35,6 +35,17 @@ def test_the_same_text_is_found_under_other_names(tiny_tokenizer) -> None:
     assert names(pairs[ours.convert_tokens_to_ids("b")]) == "<0x62>"
     assert names(pairs[ours.eos_token_id]) == "</s>"
     assert len(set(pairs.values())) == len(pairs)
+
+
+def test_runs_of_blanks_that_are_listed_as_added_stand_for_blanks(tiny_tokenizer) -> None:
+    """As Gemma's; merges make the same tokens of blanks."""
+    theirs = sentencepiece(["\u2581\u2581", "\u2581\u2581\u2581"])
+    theirs.add_tokens([AddedToken("\u2581" * n, normalized=False) for n in (2, 3)])
+    found = meanings(theirs)
+    assert [found[b" " * n] for n in (2, 3)] == [theirs.convert_tokens_to_ids("\u2581" * n) for n in (2, 3)]
+    ours = tiny_tokenizer(10)
+    ours.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    assert "\u2581\u2581".encode() in meanings(ours), "of a byte-level vocabulary it is that sign"
 
 
 def test_one_vocabulary_with_heads_of_other_widths_names_its_tokens(tiny_tokenizer) -> None:

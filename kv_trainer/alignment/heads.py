@@ -15,6 +15,7 @@ Direction = Literal["teacher_to_student", "student_to_teacher"]
 # lost half of the answers.
 AUTO_MLP_RATIO = 2.0
 DEAD = 1e-4  # of the median deviation of a layer: a channel that moves less does not move
+ROUNDING = 2**-9  # of a channel's mean: half a step of bfloat16, in which most teachers compute
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -173,11 +174,12 @@ class TeacherProjectors(nn.Module):
             for layer in range(self.mean.shape[1]):
                 rows = torch.cat([getattr(b, name)[layer].transpose(1, 2)[b.mask] for b in batches]).float()
                 spread = rows.std(0, correction=0)
-                self.mean[part, layer, :, 0, : rows.shape[-1]] = rows.mean(0)
-                self.scale[part, layer, :, 0, : rows.shape[-1]] = alive(spread).clamp_min(1e-4)
+                mean = rows.mean(0)
+                self.mean[part, layer, :, 0, : rows.shape[-1]] = mean
+                self.scale[part, layer, :, 0, : rows.shape[-1]] = alive(spread, mean).clamp_min(1e-4)
 
 
-def alive(spread: Tensor) -> Tensor:
-    """Deviations of a layer's channels, those of dead ones replaced by the median."""
+def alive(spread: Tensor, mean: Tensor) -> Tensor:
+    """Deviations of a layer's channels about their means, those of dead ones replaced by the median."""
     middle = spread.median()
-    return torch.where(spread > DEAD * middle, spread, middle)
+    return torch.where((spread > DEAD * middle) & (spread > ROUNDING * mean.abs()), spread, middle)

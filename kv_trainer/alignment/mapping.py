@@ -18,11 +18,16 @@ RotatedPair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AlignedTeacher:
-    """kv: [B, Ht, T, Dt] a student layer, mask [B, T]; hidden: L + 1 of [B, Ct]; importance [B, T]; last [B, T, Ct];
-    attention: per student layer queries (scaled) and keys after RoPE. nll, entropy: the signal's, never shuffled."""
+    """What one teacher says of a batch, at the student's layers and positions.
+
+    kv: [B, Ht, T, Dt] a student layer, mask [B, T]; importance [B, T]; last [B, T, Ct].
+    hidden: L + 1 of [B, Ct], where the teacher says its answer; answered: [B] bool, whether it and the student do.
+    attention: per student layer queries (scaled) and keys after RoPE. nll, entropy: the signal's, never shuffled.
+    """
 
     kv: KVStates
     hidden: tuple[Tensor, ...] | None = None
+    answered: Tensor | None = None
     importance: Tensor | None = None
     last: Tensor | None = None
     attention: tuple[RotatedPair, ...] | None = None
@@ -38,7 +43,8 @@ def align(
 
     order: [B], for the control of rows: every sample gets what belongs to this one, a permutation. positions:
     [B, T], for that of positions: every student position gets what belongs to this one of its sample.
-    answers: [B], the one position of each sample where hidden states are wanted; None: nowhere.
+    answers: [B], the student's position from which it says each answer, -1 for none, where hidden states are wanted:
+    they are the teacher's where it says its own. None: nowhere.
     """
     rows, samples = signal.rows, len(mask)
     index = signal.index if rows is None else signal.index[rows]
@@ -55,15 +61,15 @@ def align(
     def place(x: Tensor) -> Tensor:
         return whole(time_resample(x, index))
 
-    def hidden(answers: Tensor) -> tuple[Tensor, ...]:
+    def hidden(answers: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Of the one position alone: all others would be resampled in every layer, and looked at by nobody."""
-        ours = answers.clamp_min(0)[:, None]
-        ours = ours if positions is None else positions.gather(1, ours)
-        theirs = signal.index.gather(1, ours if order is None else ours[order.argsort()])
+        assert signal.kv.hidden is not None and signal.answers is not None
+        theirs = signal.answers[:, None]
+        if positions is not None:
+            theirs = signal.index.gather(1, positions.gather(1, answers.clamp_min(0)[:, None]))
         theirs = theirs if rows is None else theirs[rows]
-        assert signal.kv.hidden is not None
         taken = [batch(time_resample(x, theirs))[:, 0] for x in signal.kv.hidden]
-        return mapped_hidden(taken, signal.kv.layers, layers)
+        return mapped_hidden(taken, signal.kv.layers, layers), batch(theirs[:, 0] >= 0) & (answers >= 0)
 
     states = signal.kv if kv else replace(signal.kv, keys=(), values=(), layers=())
     states = replace(states, queries=None, attention=None, hidden=None)
@@ -71,11 +77,13 @@ def align(
         mapped = take_selected(layers.apply(states), signal, layers, index)
     else:
         mapped = take(layers.apply(states) if kv else states, index)
+    said, answered = hidden(answers) if signal.kv.hidden is not None and answers is not None else (None, None)
     mask = mask.bool()
     own = mapped.mask & (mask if rows is None else mask[rows])
     return AlignedTeacher(
         mapped.map(whole, mask=whole(own) & mask),
-        hidden=hidden(answers) if signal.kv.hidden is not None and answers is not None else None,
+        hidden=said,
+        answered=answered,
         importance=None if signal.importance is None else place(signal.importance[..., None])[..., 0],
         last=None if signal.last is None else place(signal.last),
         attention=rotated_pairs(signal.kv, layers, place) if signal.kv.queries is not None else None,

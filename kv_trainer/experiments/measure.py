@@ -14,6 +14,7 @@ from ..balance import REFERENCE, gradient_norms
 from ..bridge import NAME, Supervision
 from ..callbacks import check_finite
 from ..capture import capture_kv
+from ..collator import tokens_of
 from ..losses import GradientShare, LayerwiseLoss, LossInputs, needs_teacher
 from ..trainer import MultiTeacherKVTrainer
 from .probes import Costs, Pass, collapse, gradient_cosine, shuffling, without_student
@@ -119,7 +120,7 @@ def supervision(trainer: MultiTeacherKVTrainer, batch: dict[str, Any]) -> Superv
         trainer.panel.signals(batch, weighing) if trainer.taught else {}, labels, batch["attention_mask"],
         (labels[:, 1:] != -100).sum().clamp_min(1), len(labels), progress=1.0, step=step,
         tasks=batch.get("task"), answer_positions=batch.get("answer_position"),
-        segments=batch.get("segments"),
+        segments=batch.get("segments"), tokens=tokens_of(batch),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import MIN_SHARE, Fusion, FusionInputs, check_given, teacher_shares
+from .base import MIN_SHARE, Fusion, FusionInputs, check_given, teacher_shares, to_the_heard
 from .learned import Router, Similarity
 from .scores import Confidence, Entropy
 from .static import Fixed, TaskWise, Uniform
@@ -33,4 +33,5 @@ def method_of(fusion: Fusion) -> str:
 __all__ = [
     "FUSIONS", "MIN_SHARE", "Confidence", "Entropy", "Fixed", "Fusion", "FusionInputs", "Govern", "MinNorm", "Router",
     "Similarity", "TaskWise", "Uniform", "check_given", "method_of", "teacher_shares",
+    "to_the_heard",
 ]  # fmt: skip

@@ -19,7 +19,8 @@ MIN_SHARE = 1e-3
 class FusionInputs:
     """All that a fusion may look at; what it does not need is None. M teachers, B samples.
 
-    given: [M], the recipe's teacher weights. tokens: [B], supervised *student* tokens of each sample.
+    given: [M], the recipe's teacher weights. tokens: [B], supervised *student* tokens of each whole row, before it was
+    cut to its longest length, as nll is of the whole row.
     nll: [M, B], each teacher's negative log-likelihood of the supervised text (nats, summed).
     entropy: [M, B], each teacher's mean entropy at the supervised positions, as a share of the largest possible.
     tasks: [B] long, the task of each sample; task_nll: [M, tasks], nats a student token on the calibration rows.
@@ -101,3 +102,16 @@ def teacher_shares(fusion: Fusion, inputs: FusionInputs) -> Tensor:
         return share
     share = torch.where(share < MIN_SHARE, 0.0, share)
     return share / share.sum(0)
+
+
+def to_the_heard(share: Tensor, heard: Tensor) -> Tensor:
+    """Shares [M, B] or [M, L, B], what teachers have that say nothing of a sample given to those that do.
+
+    heard: [M, B] bool. Else silence would count as agreement, and a router would learn to prefer it. A sample of which
+    no teacher says anything keeps its shares; no loss counts it.
+    """
+    heard = heard if share.dim() == 2 else heard[:, None]
+    left = torch.where(heard, share, 0)
+    total = left.sum(0)
+    lost = ((share > 0) & ~heard).any(0) & (total > 0)
+    return torch.where(lost, left / torch.where(lost, total, 1), share)

@@ -38,7 +38,8 @@ class LossInputs:
     projectors: name -> the teacher's trainable maps; empty where no loss needs them.
     step, progress: optimizer steps done, and their share of the run (0 to 1).
     student_hidden: L + 1 tensors [B, T, C] with gradient: the embeddings, then the output of every student layer.
-    teacher_hidden: name -> as many tensors [B, Ct], at the student's layers and answer positions.
+    teacher_hidden: name -> as many tensors [B, Ct], at the student's layers and where the teacher says its answer.
+    answered: name -> [B] bool, where student and teacher both say one.
     hidden_projectors: name -> L + 1 trainable maps from the student's width to the teacher's (identity where equal).
     answer_positions: [B] long, the position whose logits predict the first token of the answer, -1 where unknown.
     teacher_logits: name -> what the teacher predicts after each student position.
@@ -62,6 +63,7 @@ class LossInputs:
     progress: float = 0.0
     student_hidden: tuple[Tensor, ...] | None = None
     teacher_hidden: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    answered: dict[str, Tensor] = field(default_factory=dict)
     hidden_projectors: dict[str, nn.ModuleList] = field(default_factory=dict)
     answer_positions: Tensor | None = None
     teacher_logits: dict[str, TeacherLogits] = field(default_factory=dict)

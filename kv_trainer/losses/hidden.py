@@ -29,7 +29,8 @@ class CODILoss(DistillationLoss):
     Mean over the embeddings and all layers of SmoothL1(projection(h_student), h_teacher) / sigma(h_teacher). sigma is
     the standard deviation over the channels of the sample's own target, at least 1e-3: the deviation over a batch,
     as in the authors' code, would make a step depend on how it is cut into micro-batches. Teachers are averaged with
-    their fusion weights. A sample without an answer, or whose position there is not aligned, adds nothing.
+    their fusion weights. Each side is taken where it says its own answer, whatever it has read before; a sample of
+    which one of them says none, or another than that, adds nothing.
 
     Shapes: hidden [B, T, C] student, [B, Ct] a teacher, L + 1 each; answer_positions [B]. Returns a scalar.
     Needs: student_hidden, teacher_hidden, hidden_projectors, answer_positions.
@@ -45,13 +46,12 @@ class CODILoss(DistillationLoss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student_hidden is not None and inputs.weights is not None and inputs.answer_positions is not None
-        position = inputs.answer_positions.clamp_min(0)
+        position, says = inputs.answer_positions.clamp_min(0), inputs.answer_positions >= 0
         ours = [at(hidden, position) for hidden in inputs.student_hidden]
         # The embeddings share as the first layer does.
         weights = layer_weights(inputs.weights, [max(0, i - 1) for i in range(len(ours))])
         total = ours[0].new_zeros(len(position))
-        for weight, (name, teacher) in zip(weights, inputs.teachers.items(), strict=True):
-            aligned = teacher.mask.gather(1, position[:, None])[:, 0] & (inputs.answer_positions >= 0)
+        for weight, name in zip(weights, inputs.teachers, strict=True):
             terms = []
             layers = zip(inputs.hidden_projectors[name], ours, inputs.teacher_hidden[name], strict=True)
             for projector, student, hidden in layers:
@@ -59,5 +59,6 @@ class CODILoss(DistillationLoss):
                 sigma = target.std(1, correction=0).clamp_min(1e-3)
                 mapped = projector(student.to(dtype_of(projector))).float()
                 terms.append(F.smooth_l1_loss(mapped, target, reduction="none").mean(1) / sigma)
-            total = total + torch.where(aligned, (weight * torch.stack(terms)).mean(0), 0)
+            both = inputs.answered[name] & says
+            total = total + torch.where(both, (weight * torch.stack(terms)).mean(0), 0)
         return total.sum() / inputs.num_samples

@@ -13,8 +13,16 @@ Parts = dict[str, Tensor]  # data [N, C] (4 bits: [N, ceil(C / 2)]); below 16 bi
 
 
 def quantise(x: Tensor, bits: int) -> Parts:
-    """x [N, C] float, N positions of C channels, in `bits` bits a value: 16 (float16), 8 or 4 (even levels)."""
+    """x [N, C] float, N positions of C channels, in `bits` bits a value: 16 (float16), 8 or 4 (even levels).
+
+    ValueError for what float16 cannot hold.
+    """
     if bits == 16:
+        if len(x) and (most := float(x.abs().max())) > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"store.bits is 16, float16, and a teacher's states reach {most:.3g}, which it cannot hold; take bits: "
+                "8, where every channel has a scale of its own."
+            )
         return {"data": x.to(torch.float16)}
     x = x.float()
     low = x.amin(0) if len(x) else x.new_zeros(x.shape[1])

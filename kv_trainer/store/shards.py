@@ -18,14 +18,15 @@ from ..files import beside
 from ..text import key_of_bytes
 from .quantise import Parts, quantise, restore
 
-RECORD, FORMAT = "store.json", 2
+RECORD, FORMAT = "store.json", 3
 PARTS = ("keys", "values")
 FIGURES = ("raw_bytes", "errors", "squares", "left_out")
 
 
-def row_key(input_ids: Sequence[int], own_text: int | None = None) -> int:
-    """What a row is found by, whatever its place in the data set: of tokens, and of the key of a text of its own."""
-    numbers = [*input_ids, *([] if own_text is None else [own_text])]
+def row_key(input_ids: Sequence[int], labels: Sequence[int], own_text: int | None = None) -> int:
+    """What a row is found by, whatever its place in the data set: of tokens, of which of them are learned, for
+    likelihoods are of these, and of the key of a text of its own."""
+    numbers = [*input_ids, *labels, *([] if own_text is None else [own_text])]
     return key_of_bytes(numpy.asarray(numbers, dtype=numpy.int64).tobytes())
 
 
@@ -140,7 +141,8 @@ class StoreReader:
                 ends = file.get_tensor("counts").cumsum(0).tolist()
                 keys = file.get_tensor("row_keys").tolist()
                 for number, (key, first, end) in enumerate(zip(keys, [0, *ends], ends)):
-                    self._where[key] = (name, number, first, end)
+                    if end > first or key not in self._where:  # one alike may have been left out, as of another task
+                        self._where[key] = (name, number, first, end)
         return self._where
 
     def __contains__(self, key: int) -> bool:

@@ -174,13 +174,14 @@ def key_of(row: Mapping[str, Any], name: str, form: str) -> int:
     Raw, what the teacher reads; aligned, what the student reads and, where the teacher has a text of its own, that.
     """
     if form == "raw":
-        return row_key(row[f"{name}/input_ids"])
-    return row_key(row["input_ids"], row.get(f"{name}/own_text"))
+        return row_key(row[f"{name}/input_ids"], row[f"{name}/labels"])
+    return row_key(row["input_ids"], row["labels"], row.get(f"{name}/own_text"))
 
 
 def keys_of(rows: Dataset, name: str, form: str) -> Iterator[int]:
     """`key_of` of all encoded rows, in their order."""
-    columns = {"input_ids", f"{name}/input_ids", f"{name}/own_text"} & set(rows.column_names)
+    read = {"input_ids", "labels"}
+    columns = (read | {f"{name}/{column}" for column in (*read, "own_text")}) & set(rows.column_names)
     return (key_of(row, name, form) for row in rows.select_columns(sorted(columns)))
 
 

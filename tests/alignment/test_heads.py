@@ -170,6 +170,18 @@ def test_calibrated_states_have_mean_zero_and_deviation_one_where_real():
     assert set(dict(maps.named_buffers())) == {"mean", "scale"}, "saved with the maps"
 
 
+def test_a_channel_that_moves_by_a_rounding_step_does_not_move() -> None:
+    """Where a bias is large, one step of bfloat16 among thousands of positions would be all of the loss."""
+    maps = TeacherProjectors(shape(1, 1, 8), shape(1, 1, 8), "student_to_teacher")
+    states = states_of(1, 1, 8, length=60)
+    states.keys[0][..., 0] = 100.0
+    states.keys[0][0, 0, 3, 0] = 100.5
+    states.keys[0][..., 1] += 100.0  # a large mean is no reason by itself
+    maps.calibrate([states])
+    scale = maps.deviation(0, 0, 8)[0, 0]
+    assert 0.5 < scale[0] < 4 and 0.5 < scale[1] < 4
+
+
 def test_calibration_of_a_constant_channel_stays_finite_and_of_nothing_is_refused():
     maps = TeacherProjectors(shape(1, 2, 8), shape(1, 2, 8), "student_to_teacher")
     states = states_of(1, 2, 8).map(torch.ones_like)

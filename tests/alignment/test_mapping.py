@@ -24,6 +24,7 @@ CAPTURED = (1, 3, 4)  # of a teacher of five layers
 LAYERS = LayerMap((1, 3), (3, 4), (0.0, 0.75))  # its layer 1, and three quarters of the way from 3 to 4
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
 ANSWERS = torch.tensor([3, -1, 4])
+THEIR_ANSWERS = torch.tensor([6, 2, -1])
 
 
 def turn(x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def signal(index: Tensor, rows: list[int] | None = None) -> TeacherSignal:
     )  # fmt: skip
     return TeacherSignal(
         kv, index, torch.arange(SAMPLES) + 1.0, None if rows is None else torch.tensor(rows),
-        torch.arange(SAMPLES) + 2.0, draw(THEIRS).abs(), draw(THEIRS, 7),
+        torch.arange(SAMPLES) + 2.0, draw(THEIRS).abs(), draw(THEIRS, 7), THEIR_ANSWERS,
     )  # fmt: skip
 
 
@@ -96,8 +97,9 @@ def naive(given: TeacherSignal, index: Tensor) -> AlignedTeacher:
         pairs.append((placed(queries, index), placed(keys, index)))
     states = KVStates(*(tuple(placed(x, index) for x in mixed(y)) for y in (kv.keys, kv.values)), mask, (0, 1), 2)
     return AlignedTeacher(
-        states, tuple(at_answers(placed(x, index)) for x in (kv.hidden[0], *mixed(kv.hidden[1:]))),
-        placed(given.importance[..., None], index)[..., 0], placed(given.last, index), tuple(pairs),
+        states, tuple(at_their_answers(x) for x in (kv.hidden[0], *mixed(kv.hidden[1:]))),
+        torch.tensor([True, False, False]), placed(given.importance[..., None], index)[..., 0],
+        placed(given.last, index), tuple(pairs),
     )  # fmt: skip
 
 
@@ -106,8 +108,13 @@ def at_answers(x: Tensor) -> Tensor:
     return torch.stack([row[max(a, 0)] for row, a in zip(x, ANSWERS.tolist(), strict=True)])
 
 
+def at_their_answers(x: Tensor) -> Tensor:
+    """x [B, S, C] where the teacher says its answer; zero where it says none."""
+    return torch.stack([at(row, float(a)) for row, a in zip(x, THEIR_ANSWERS.tolist(), strict=True)])
+
+
 def tensors(found: AlignedTeacher) -> dict[str, Tensor]:
-    named = {"mask": found.kv.mask, "importance": found.importance, "last": found.last}
+    named = {"mask": found.kv.mask, "answered": found.answered, "importance": found.importance, "last": found.last}
     for i in range(2):
         queries, keys = found.attention[i]
         named |= {f"keys {i}": found.kv.keys[i], f"values {i}": found.kv.values[i], f"queries {i}": queries}
@@ -150,11 +157,8 @@ def test_shuffled_rows_are_those_of_another_sample(rows: list[int] | None, order
     given = signal(spans(), rows)
     expected = {name: x[order] for name, x in tensors(align(given, LAYERS, MASK, answers=ANSWERS)).items()}
     expected["mask"] &= MASK.bool()
-    states = signal(spans()).kv.hidden
-    theirs = [placed(x, spans()) for x in (states[0], *mixed(states[1:]))]
-    for x in theirs if rows else ():
-        x[1] = 0
-    expected |= {f"hidden {i}": at_answers(x[order]) for i, x in enumerate(theirs)}
+    says = torch.tensor([THEIR_ANSWERS[i] >= 0 and (rows is None or i in rows) for i in order])
+    expected["answered"] = says & (ANSWERS >= 0)
     found = align(given, LAYERS, MASK, order=torch.tensor(order), answers=ANSWERS)
     assert_same(found, expected)
     assert torch.equal(found.nll, given.nll) and torch.equal(found.entropy, given.entropy)

@@ -96,8 +96,8 @@ def add_hidden(inputs: LossInputs, generator: torch.Generator) -> LossInputs:
     inputs.answer_positions = torch.randint(length - 1, (samples,), generator=generator)
     inputs.answer_positions[2:3] = -1
     inputs.student_hidden = tuple(draw(samples, length, 6) for _ in range(layers + 1))
-    for i, (name, teacher) in enumerate(inputs.teachers.items()):
-        teacher.mask[0, inputs.answer_positions[0]] = True
+    for i, name in enumerate(inputs.teachers):
+        inputs.answered[name] = (inputs.answer_positions >= 0) & (torch.arange(samples) != 1 + i)
         width = 6 if i % 2 == 0 else 5
         inputs.teacher_hidden[name] = tuple(draw(samples, width) for _ in range(layers + 1))
         maps = [nn.Identity() if width == 6 else nn.Linear(6, width) for _ in range(layers + 1)]
@@ -207,6 +207,7 @@ def map_inputs(inputs: LossInputs, along_samples: Callable[[Tensor], Tensor], **
         labels=by_sample(inputs.labels),
         weights=by_sample(inputs.weights.movedim(-1, 0)).movedim(0, -1),
         answer_positions=by_sample(inputs.answer_positions),
+        answered={name: by_sample(said) for name, said in inputs.answered.items()},
         importance={side: by_sample(mass) for side, mass in inputs.importance.items()},
         **changes,
     )
@@ -240,8 +241,7 @@ def scramble_masked(inputs: LossInputs, factor: float) -> LossInputs:
         )
 
     def scrambled_answers(name: str, x: Tensor) -> Tensor:
-        heard = inputs.teachers[name].mask.gather(1, inputs.answer_positions.clamp_min(0)[:, None])
-        return torch.where(heard, x, factor * torch.randn_like(x))
+        return torch.where(inputs.answered[name][:, None], x, factor * torch.randn_like(x))
 
     return map_answers(map_states(inputs, unchanged, scrambled), scrambled_answers)
 

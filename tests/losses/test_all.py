@@ -175,6 +175,9 @@ def _masks(inputs: LossInputs, change) -> LossInputs:
     """All masks, and labels with them, changed in the first sample: `change` gets and returns a [T] mask."""
     for kv in inputs.teachers.values():
         kv.mask[0] = change(kv.mask[0])
+    said = bool(change(torch.ones_like(inputs.labels[0], dtype=torch.bool)).any())
+    for answered in inputs.answered.values():
+        answered[0] &= said
     inputs.labels[0, ~change(torch.ones_like(inputs.labels[0], dtype=torch.bool))] = -100
     return inputs
 
