@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -90,6 +91,12 @@ def check_method(config: PeftConfig) -> None:
     why = REFUSED.get(name)
     if config.is_prompt_learning:
         why = "its virtual tokens come before the text, so that no position would be aligned with a teacher's"
+    start = str(getattr(config, "init_lora_weights", ""))
+    if start.startswith("pissa_niter"):
+        raise ValueError(
+            f"init_lora_weights is {start}, which splits the base by a random method, at each load in another way, so "
+            "that what is loaded would be another student; take pissa."
+        )
     if why:
         raise ValueError(f"{name.lower()} cannot be used here: {why}. Use lora, ia3 or another method of weights.")
 
@@ -103,16 +110,18 @@ def add_adapters(student: PreTrainedModel, config: PeftConfig) -> Any:
         return get_peft_model(student, config)
 
 
-def load_trained(model: str, base: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_trained(model: str, base: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:
     """A student as it was saved: an ordinary checkpoint, or adapters on the base that they name.
 
     base: where their base is, should its path, which may be relative to another folder, lead nowhere from here.
     trust_remote_code: whether code from the model's own repository or folder may run; only the caller can say so.
+    options: for from_pretrained, such as another dtype than that of the weights.
     """
-    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     found = find_adapter_config_file(model)
     if found is None:
-        return AutoModelForCausalLM.from_pretrained(model, **options)
+        with whole_file(model):
+            return AutoModelForCausalLM.from_pretrained(model, **options)
     from peft import PeftModel
 
     said = json.loads(Path(found).read_text(encoding="utf-8"))
@@ -130,7 +139,17 @@ def load_trained(model: str, base: str | None = None, trust_remote_code: bool = 
             ) from error
         with suppress(OSError):  # adapters that were trained elsewhere have none
             student.generation_config = GenerationConfig.from_pretrained(model)
-        return PeftModel.from_pretrained(student, model)
+        with whole_file(model):
+            return PeftModel.from_pretrained(student, model)
+
+
+@contextmanager
+def whole_file(model: str) -> Iterator[None]:
+    """Inside the block, tensors that were cut off are told by the folder they lie in."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {model} cannot be read ({error}); fetch, or save, them again.") from error
 
 
 def save_generation_config(adapted: Any, folder: Path) -> None:

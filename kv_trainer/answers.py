@@ -12,7 +12,7 @@ from .chat import CLOSE
 
 MONEY = r"(?:\\?[$€£¥]|(?<!\w)(?:USD|EUR|GBP)\b)"
 # Thousands are parted by commas throughout, or not at all.
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!,*\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+(?!\w))?"
 FRACTION = r"\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
 # No sign behind a word, a digit or a bracket, nor before a blank: '5-3' and '5 - 3' hold no -3. Nor is the end of a
 # word or of a version a number of its own: not the 2 of 'H2O', not the 3 of '1.2.3'.
@@ -117,3 +117,15 @@ RULES: dict[str, Callable[[str], str | None]] = {
 }  # fmt: skip
 # How a rule reads a reference: one without a mark is an answer as a whole, whatever number it ends in.
 IN_REFERENCES = {**RULES, "auto": marked}
+
+
+def wrong_with(pattern: str) -> str | None:
+    """Why a pattern finds no answers: it is neither a rule's name nor an expression with a group. None if it does."""
+    if pattern in RULES:
+        return None
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f"is no regular expression: {error}."
+    known = f"put the answer in one, '#### (.+)', or name a rule: {', '.join(RULES)}"
+    return None if groups else f"has no group; {known}."

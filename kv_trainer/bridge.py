@@ -132,6 +132,7 @@ class KVBridge(nn.Module):
         self._given: Supervision | None = None
         self._capture: KVCapture | None = None
         self._states: KVStates | None = None
+        self._handles: list[Any] = []
 
     def teacher_needs(self) -> TeacherNeeds:
         return TeacherNeeds(
@@ -156,8 +157,15 @@ class KVBridge(nn.Module):
         if "student_kv" in self.requires or queries or hidden or self.router is not None:
             self._capture = KVCapture(student, queries=queries, hidden=hidden)
         student.add_module(NAME, self)
-        student.register_forward_pre_hook(self._before)
-        student.register_forward_hook(self._after)
+        self._handles = [student.register_forward_pre_hook(self._before), student.register_forward_hook(self._after)]
+
+    def detach(self, student: nn.Module) -> None:
+        """Undo `attach`: what the losses and the teachers hold is let go of with the bridge."""
+        if self._capture is not None:
+            self._capture.close()
+        for handle in self._handles:
+            handle.remove()
+        delattr(student, NAME)
 
     @contextmanager
     def supervise(self, supervision: Supervision) -> Iterator[None]:
@@ -167,6 +175,8 @@ class KVBridge(nn.Module):
             yield
         finally:
             self._given = None
+            if self._capture is not None:
+                self._capture.forget()
 
     # Under torch_compile the student is one graph, from hook to hook; the losses, whose shapes depend on data, are not.
     @torch.compiler.disable

@@ -163,6 +163,10 @@ class KVCapture:
     def start(self) -> None:
         self._recorded = {}
 
+    def forget(self) -> None:
+        """What was recorded since `start`, after a forward that broke off: nothing is recorded until the next."""
+        self._recorded = None
+
     def stop(self, mask: Tensor) -> KVStates:
         """The states recorded since `start`; mask [B, S], True where the position is real."""
         recorded, self._recorded = self._recorded, None

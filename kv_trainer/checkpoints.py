@@ -26,6 +26,9 @@ from .routing import RoutingLog
 logger = logging.getLogger(__name__)
 FULL = re.compile("PytorchStreamWriter|file write failed|DataLoader worker")  # torch's RuntimeErrors of a full disk
 BRIDGE_FILE = "kv_bridge.safetensors"
+# What a save that lacks them takes away: left beside a plain student, adapters would be loaded in its place.
+WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|adapter_(model\.safetensors|config\.json)"
+OURS = re.compile(rf"{re.escape(BRIDGE_FILE)}|chat_template\.jinja")
 
 
 class CheckpointTrainer(Trainer):
@@ -74,9 +77,10 @@ class CheckpointTrainer(Trainer):
                 save_generation_config(self.model, folder)
             if self.bridge.layer_maps:
                 save_file({k: v.contiguous().cpu() for k, v in bridge.items()}, folder / BRIDGE_FILE)
-            written = {path.name for path in folder.glob("model*.safetensors*")}
-        for old in target.glob("model*.safetensors*") if written else ():
-            if old.name not in written:  # of a save in another number of files
+            written = {path.name for path in folder.iterdir()}
+        replaced = OURS if isinstance(self.model, PeftModel) else re.compile(f"{OURS.pattern}|{WEIGHTS}")
+        for old in target.iterdir():  # of a save in another number of files, or of another student
+            if replaced.fullmatch(old.name) and old.name not in written:
                 old.unlink()
         if trained_cache is not None:
             self.model.config.use_cache = trained_cache

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .answers import wrong_with
 from .arguments import AlignmentConfig, MultiTeacherKVConfig, ProjectorConfig
 from .fusion import Confidence, Fixed, Router
 from .losses import KVRelationLoss, LayerwiseLoss, needs_teacher
@@ -88,6 +89,14 @@ def check_wrong(args: MultiTeacherKVConfig) -> None:
             raise ValueError(
                 f"{place} {size}: a student in parts has no whole keys and values. Leave it out; ZeRO-3 and FSDP2 deal "
                 "out weights, not states."
+            )
+    if wrong := wrong_with(args.evaluation.answer_pattern):
+        raise ValueError(f"evaluation.answer_pattern {wrong}")
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise ValueError(
+                f"training.accelerator_config.{name} cuts batches that are already put together for all models; leave "
+                "it out, and give each process its own: per_device_train_batch_size."
             )
     options = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
@@ -177,7 +186,7 @@ def ignored(args: MultiTeacherKVConfig, weights: Mapping[str, float]) -> list[st
         found.append("training.metric_for_best_model has no effect: training.eval_strategy is no.")
     if args.evaluation.do_sample and not args.evaluation.generate:
         found.append("evaluation.do_sample has no effect: evaluation.generate is false.")
-    if weights and not any(needs_teacher(loss.needs) for loss in args.losses.values()):
+    if weights and not any(needs_teacher(loss.needs) for loss in args.losses.values() if loss.active):
         found.append("teachers has no effect: no loss needs one; add to losses one that does, such as kv_relation.")
     if not weights:
         alone = {"fusion": args.fusion != Confidence(), "alignment": args.alignment != AlignmentConfig(),

@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from safetensors import SafetensorError
+
 from .commands import compare, complain, diagnose, evaluate, export, methods, precompute, train, validate
 from .recipe_tree import SECTIONS
 from .version import __version__
@@ -174,6 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.function(options, overrides)
+    except KeyboardInterrupt:
+        print("kv-trainer: interrupted", file=sys.stderr)
+        return 130
+    except SafetensorError as error:  # of writing: a full disk; what is read names its file
+        if options.traceback:
+            raise
+        complain(OSError(f"A file of tensors could not be written or read: {error}"))
+        return 2
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # ImportError: of what a setting needs
         # torch tells of a killed loader worker by a RuntimeError; any other of them is our own mistake.
         if options.traceback or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):

@@ -39,14 +39,19 @@ CODE = digest_of(Path(__file__).parent)
 def load_split(config: DataConfig, split: str, limit: int | None) -> Dataset:
     """One split of a hub name, a folder, or a file (which is all 'train'), at most `limit` rows of it."""
     path = Path(config.path)
+    known = ", ".join(FILE_BUILDERS)
+    if path.is_file() and path.suffix not in FILE_BUILDERS:
+        raise ValueError(f"data.path is {config.path}, a file of another kind than {known}; make one of these of it.")
+    if path.is_file() and config.name is not None:
+        raise ValueError(f"data.name is '{config.name}', but data.path is the file {config.path}; leave data.name out.")
     try:
         if path.suffix in FILE_BUILDERS:
             data = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path))
         else:
             data = load_dataset(config.path, config.name)
     except (DatasetGenerationError, StopIteration) as error:  # a broken row; an empty file
-        why = error.__cause__ or error
-        raise ValueError(f"{config.path} cannot be read as rows: {why or 'it is empty'}.") from error
+        why = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"{config.path} cannot be read as rows: {why}.") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise ValueError(f"{config.path} has no split '{split}'; it has {', '.join(data)}.")

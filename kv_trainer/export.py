@@ -20,6 +20,7 @@ from .onnx_graph import check_graph, empty_cache, limit_of, prepare, random_ids,
 from .resolve import loading
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+ROUNDED = 0.1  # of the largest logit: more than 16 bits lose, less than a wrong merge does
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ def export(model: str, format: str, output: str | os.PathLike[str], trust_remote
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; give one of {', '.join(FORMATS)}.")
-    with new_folder(output) as (folder, target), loading("MODEL", model):
+    with new_folder(output) as (folder, target):
         difference = FORMATS[format](model, folder, trust_remote_code)
-        tokenizer_of(model, trust_remote_code).save_pretrained(folder)
+        with loading("MODEL", model):
+            tokenizer = tokenizer_of(model, trust_remote_code)
+        tokenizer.save_pretrained(folder)
     return Exported(tuple(sorted(path for path in target.rglob("*") if path.is_file())), difference)
 
 
@@ -77,18 +80,20 @@ def tokenizer_of(model: str, trust_remote_code: bool) -> Any:
 
 def write_merged(model: str, folder: Path, trust_remote_code: bool) -> float:
     """Adapters and their base as one plain checkpoint, in the base's dtype. Returns the largest change of a logit."""
-    if find_adapter_config_file(model) is None:
-        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)  # or it is no model at all
-        raise ValueError(f"'{model}' has no adapters, so there is nothing to merge: it is a plain checkpoint already.")
-    adapted = load_trained(model, trust_remote_code=trust_remote_code).eval()
+    with loading("MODEL", model):
+        if find_adapter_config_file(model) is None:
+            AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)  # or it is no model at all
+            raise ValueError(f"'{model}' has no adapters, so there is nothing to merge: it is a plain checkpoint.")
+        adapted = load_trained(model, trust_remote_code=trust_remote_code).eval()
     ids = random_ids(adapted, 2, 12)
     with torch.no_grad():
         before = adapted(ids).logits.float()
         merged = merge(adapted, model)
         difference = float((merged(ids).logits.float() - before).abs().max())
     limit = limit_of(before)
-    # merged weights of 16 bits are rounded, which is reported but no error
-    if merged.dtype == torch.float32 and not difference <= limit:  # `not <=`, for NaN
+    if merged.dtype != torch.float32:  # merged weights of 16 bits are rounded, which is reported but no error
+        limit = max(limit, ROUNDED * float(before.abs().max()))
+    if not difference <= limit:  # `not <=`, for NaN
         raise ValueError(f"'{model}': merged, logits are off by {difference:.2g} (limit {limit:.2g}); use it unmerged.")
     merged.save_pretrained(folder)
     return difference
@@ -108,7 +113,8 @@ def write_onnx(model: str, folder: Path, trust_remote_code: bool) -> float:
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(f"format onnx needs {', '.join(missing)}, not installed: pip install kv_trainer[export].")
-    student = load_trained(model, trust_remote_code=trust_remote_code)
+    with loading("MODEL", model):
+        student = load_trained(model, trust_remote_code=trust_remote_code)
     if find_adapter_config_file(model) is not None:
         student = merge(student, model)
     student = student.float().eval()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MANIFEST_FILE = "kv_manifest.json"
 STATE_FILE = "trainer_state.json"
+UNFINISHED = "checkpoint-is-incomplete.txt"  # while enable_jit_checkpoint writes one; gone when it is done
 SAMPLES, FEW = 1024, 16
 # A checkpoint's optimizer state has these in it: other values would be written down, and not be used.
 OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -145,7 +146,7 @@ def describe_run(
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Declare what lies in a checkpoint to be all of it."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    files = {name: size for name, size in files.items() if name not in (MANIFEST_FILE, STATE_FILE)}
+    files = {name: size for name, size in files.items() if name not in (MANIFEST_FILE, STATE_FILE, UNFINISHED)}
     write_text(folder / MANIFEST_FILE, json.dumps({**manifest, "files": files}, indent=1) + "\n")
 
 

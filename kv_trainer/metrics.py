@@ -144,4 +144,4 @@ class Perplexity(_InMemoryMetric):
         if not count:
             raise ValueError("No token is supervised, so there is no perplexity; check the rows' labels.")
         loss = math.fsum(nll) / count
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"loss": loss, "perplexity": math.inf if loss >= 700 else math.exp(loss)}

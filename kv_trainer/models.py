@@ -158,22 +158,32 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
             again = type(model)(copy.deepcopy(model.config))
     except (AttributeError, IndexError, TypeError, ValueError):
         again = None
-    if again is None or made_of(model) != made_of(again):  # it would be saved, and loaded as something else
+    if again is None or not is_as(model, again):  # it would be saved, and loaded as something else
         raise ValueError(
             f"student.keep_layers is {kept}, which {type(config).__name__} has no words for: it derives what a layer "
             "is from its place. Layers of the kinds that the new places have may do; else leave keep_layers out."
         )
 
 
-def made_of(model: nn.Module) -> dict[str, Any]:
-    """The shape of every parameter, and every number that a module holds, such as GPT-2's scaling by layer."""
-    numbers = {
-        f"{path}.{name}": value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if type(value) in (int, float) and name != "num_hidden_layers"
-    }
-    return {name: tuple(p.shape) for name, p in model.named_parameters()} | numbers
+def is_as(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have parameters of the same shapes, and the one each number that a module of the other has.
+
+    Such as GPT-2's scaling by layer. What the other has not, it does not use: RoPE of a kind of layers that are gone.
+    """
+
+    def shapes(x: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in x.named_parameters()}
+
+    def numbers(x: nn.Module) -> dict[str, Any]:
+        return {
+            f"{path}.{name}": value
+            for path, module in x.named_modules()
+            for name, value in vars(module).items()
+            if type(value) in (int, float) and name != "num_hidden_layers"
+        }
+
+    ours, theirs = numbers(model), numbers(other)
+    return shapes(model) == shapes(other) and all(ours.get(name, value) == value for name, value in theirs.items())
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:

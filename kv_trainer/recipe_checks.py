@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from string import Formatter
 from typing import Any
 
 import torch
 from transformers.optimization import get_scheduler
 
-from .answers import RULES
+from .answers import RULES, wrong_with
 from .arguments import Recipe, StudentConfig
 from .balance import check_reference
 from .callbacks import check_callbacks
@@ -103,16 +102,9 @@ def check_evaluation(recipe: Recipe, tree: Node) -> None:
         asked = tree.at("training", "eval_strategy")
         raise RecipeError(f"training.eval_strategy {asked} needs data to evaluate on; give data.eval_split.")
     check_best(recipe, tree)
-    if args.evaluation.answer_pattern in RULES:
-        return
-    try:
-        groups = re.compile(args.evaluation.answer_pattern).groups
-    except re.error as error:
-        raise RecipeError(f"evaluation.answer_pattern {where} is no regular expression: {error}.") from error
-    if not groups:
-        hint = suggest(args.evaluation.answer_pattern, list(RULES))
-        known = f"put the answer in one, '#### (.+)', or name a rule: {', '.join(RULES)}"
-        raise RecipeError(f"evaluation.answer_pattern {where} has no group; {known}.{hint}")
+    if wrong := wrong_with(args.evaluation.answer_pattern):
+        hint = suggest(args.evaluation.answer_pattern, list(RULES)) if "no group" in wrong else ""
+        raise RecipeError(f"evaluation.answer_pattern {where} {wrong}{hint}")
 
 
 def check_best(recipe: Recipe, tree: Node) -> None:

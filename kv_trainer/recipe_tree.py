@@ -211,7 +211,7 @@ def changes_kind(base: Node | None, over: Node, key: str) -> bool:
 
 
 def resolve_path(value: str, node: Node, path: str, exists: bool = True) -> str:
-    """`./x` beside the recipe as a path from here; hub names as they are. RecipeError for `..` and what is missing.
+    """`./x` beside the recipe as a path from here; others as they are. RecipeError for `..` and what is missing.
 
     exists: whether it must be there, as what is read must.
     """
@@ -225,4 +225,4 @@ def resolve_path(value: str, node: Node, path: str, exists: bool = True) -> str:
     if exists and not os.path.exists(target):
         looked = f" (looked for {target})" if beside else ""
         raise RecipeError(f"{path} {node.where} is '{value}', which does not exist{looked}; correct the path.")
-    return os.path.relpath(target) if Path(target).is_relative_to(os.getcwd()) else target
+    return os.path.relpath(target) if beside and Path(target).is_relative_to(os.getcwd()) else target

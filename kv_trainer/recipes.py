@@ -137,6 +137,8 @@ def load_recipe(
     if quick:
         tree = merge(tree, quick_preset(tree, given, default))
     tree = merge(tree, given)
+    off = {key for key in NESTED if key in given.value and given.value[key].value is None}  # back to the defaults
+    tree = Node({key: node for key, node in tree.value.items() if key not in off}, tree.where, tree.folder)
     hints = typing.get_type_hints(MultiTeacherKVConfig)
     for key, node in tree.value.items():
         if key not in SECTIONS:

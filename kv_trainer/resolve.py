@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,9 +75,11 @@ def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any, data_
     for name, loss in args.losses.items():
         if not isinstance(loss, DistillationLoss):
             raise ValueError(f"losses['{name}'] is {loss!r}; give one of kv_trainer.losses, such as KVRelationLoss().")
+        check_kept(f"losses['{name}']", loss)
         if unknown := sorted(loss.needs - NEEDS):
             hint, known = suggest(unknown[0], sorted(NEEDS)), ", ".join(sorted(NEEDS))
             raise ValueError(f"losses['{name}'] requires '{unknown[0]}'.{hint} It may be {known}.")
+    check_kept("fusion", args.fusion)
     if not isinstance(getattr(args.fusion, "needs", frozenset()), frozenset):  # of no fusion at all others tell
         raise ValueError(f"{kind(args.fusion)}.needs is a {kind(args.fusion.needs)}; give a frozenset of names.")
     if type(data_collator).__module__.split(".")[0] in ("transformers", "trl"):
@@ -91,6 +94,17 @@ def check_types(args: Any, teachers: Any, train_rows: Any, eval_rows: Any, data_
         given["eval_dataset"] = eval_rows
     for name, rows in given.items():
         check_rows(name, rows)
+
+
+def check_kept(place: str, method: Any) -> None:
+    """ValueError for a loss or a fusion of one's own that Trainer could not write beside a checkpoint."""
+    try:
+        pickle.dumps(method)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{place} cannot be saved with the settings of the run ({error}); define its class at the top of a module, "
+            "and keep in it what can be copied."
+        ) from error
 
 
 def check_rows(name: str, rows: Any) -> None:

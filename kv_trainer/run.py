@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import transformers
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from . import report
 from .adapters import load_trained
-from .arguments import EarlyStoppingConfig, Recipe
+from .arguments import EarlyStoppingConfig, Recipe, StudentConfig
 from .blueprint import check_places
-from .callbacks import peak_memory_mb
+from .callbacks import METRICS_FILE, peak_memory_mb, read_metrics
 from .data import EVALUATED, Reader, encode_rows, load_split
 from .evaluation import evaluate_rows, write_predictions
+from .facts import seconds_trained
 from .files import read_json, write_text
 from .manifest import STATE_FILE, differences, last_whole
 from .models import load_tokenizer, same_tokenizer, stop_where_taught
@@ -127,7 +129,9 @@ def train(
         how = f"{args.metric_for_best_model} {trainer.state.best_metric:.4g}"
         console.print(f"back to {Path(best).name} of {trainer.state.global_step} steps: {how}", highlight=False)
     last = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("loss_")}
-    took = told_before(folder) if trainer.ended else {**fit.metrics, "peak_memory_mb": peak_memory_mb()}
+    took = {**fit.metrics, "peak_memory_mb": peak_memory_mb()}
+    if checkpoint is not None:
+        took = told_before(folder) if trainer.ended else took | of_the_whole_run(folder, fit.metrics)
     results = {**took, **last}
     trainer.save_model(_internal_call=True)  # else it would push, and without the files that follow
     if trainer.eval_dataset is not None:
@@ -135,6 +139,8 @@ def train(
     trainer.save_state()
     if main:
         write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+        for former in (folder / PREDICTIONS, *folder.glob("routing*")):  # of a run in this folder that had them
+            former.unlink(missing_ok=True)
         if trainer.predictions:
             write_predictions(folder / PREDICTIONS, trainer.predictions)
         trainer.routing.save(folder)
@@ -150,6 +156,23 @@ def told_before(folder: Path) -> dict[str, float]:
     """What training took, of a run that had come to its end before: as its results say, if it got as far as these."""
     found = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
     return {name: value for name, value in found.items() if name.startswith("train_") or name == "peak_memory_mb"}
+
+
+def of_the_whole_run(folder: Path, session: Mapping[str, float]) -> dict[str, float]:
+    """What Trainer measures of a resumed run's last session, of the whole run: as metrics.jsonl has it.
+
+    Trainer divides the steps of the run by the seconds of the session, and its losses by the steps of the run.
+    """
+    rows = [row for row in read_metrics(folder / METRICS_FILE) if row.get("loss") is not None and "event" not in row]
+    seconds, found = seconds_trained(folder), {}
+    if rows:
+        steps = [now["step"] - before for now, before in zip(rows, [0, *(row["step"] for row in rows)])]
+        found["train_loss"] = sum(n * row["loss"] for n, row in zip(steps, rows)) / max(1, sum(steps))
+    if seconds:
+        share = session["train_runtime"] / seconds
+        speeds = {name: value * share for name, value in session.items() if name.endswith("_per_second")}
+        found |= {"train_runtime": seconds, **speeds}
+    return found
 
 
 def show_header(console: Console, trainer: MultiTeacherKVTrainer) -> None:
@@ -187,10 +210,9 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
         raise ValueError(
             f"--predictions {predictions} is a folder; name a file in it, such as {predictions}/rows.jsonl."
         )
-    trusted = recipe.student.trust_remote_code
     with loading("MODEL", model):
-        student = load_trained(model, recipe.student.model, trusted).to(recipe.args.device)
-        tokenizer = load_tokenizer(type(recipe.student)(model=model, trust_remote_code=trusted))
+        student, tokenizer = load_evaluated(model, recipe.student)
+        student = student.to(recipe.args.device)
     rows = load_split(data, data.eval_split, data.max_eval_samples)
     reader = Reader(tokenizer, recipe.student.chat)
     stop_where_taught(student, tokenizer, turn_end(reader))
@@ -200,6 +222,23 @@ def evaluate(model: str, recipe: Recipe, predictions: str | None = None) -> dict
         write_predictions(predictions, found)
     report.print_results(Console(), results, None, model)
     return results
+
+
+def load_evaluated(model: str, section: StudentConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A student that was saved, and its tokenizer; what its folder does not say is as the recipe's student has it."""
+    options: dict[str, Any] = {"revision": section.revision} if model == section.model and section.revision else {}
+    if section.dtype != StudentConfig.dtype:
+        options["dtype"] = section.dtype
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    student = load_trained(model, section.model, section.trust_remote_code, **options)
+    own = StudentConfig(model=model, revision=options.get("revision"), trust_remote_code=section.trust_remote_code)
+    try:
+        return student, load_tokenizer(own)
+    except (OSError, ValueError):
+        if section.tokenizer is None:
+            raise
+        return student, load_tokenizer(section)
 
 
 def leave_together() -> None:

@@ -186,11 +186,14 @@ class Teacher:
             start = entry(self.model.get_input_embeddings())
             inputs = {k: text[k].to(start) for k in ("input_ids", "attention_mask")}
             self._capture.start()
-            with suppress(StopForward):
-                backbone = self.model.base_model if self._compiled is None else self._compiled
-                with part("teachers' forward"):
-                    last = backbone(**inputs, use_cache=False)[0]
-            states = self._capture.stop(mask)
+            try:
+                with suppress(StopForward):
+                    backbone = self.model.base_model if self._compiled is None else self._compiled
+                    with part("teachers' forward"):
+                        last = backbone(**inputs, use_cache=False)[0]
+                states = self._capture.stop(mask)
+            finally:
+                self._capture.forget()
         return states.to(mask.device), None if last is None or not whole else last.to(mask.device)
 
     @torch.no_grad()

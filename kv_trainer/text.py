@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
@@ -36,7 +37,10 @@ class Reader:
             raise ValueError("chat is an empty dict; give true, or what the chat template is to be given.")
         if wrong := sorted(set(self.options) & OURS):
             raise ValueError(f"chat gives the template {wrong[0]}, which kv_trainer sets itself; leave it out.")
+        template = str(self.tokenizer.chat_template)
         for key, value in self.options.items():
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                raise ValueError(f"chat gives the template {key}, which the one of {name} does not read; leave it out.")
             if not isinstance(value, (str, int, float, list, dict, NoneType)):  # such as a date of YAML's
                 raise ValueError(f"chat.{key} is {value!r}, which no template reads; put it in quotes.")
 

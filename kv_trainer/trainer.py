@@ -19,7 +19,7 @@ from .adapters import add_adapters, students_peft
 from .arguments import MultiTeacherKVConfig
 from .bridge import NAME, KVBridge, Supervision
 from .calibration import Calibration
-from .callbacks import FiniteGuard, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
+from .callbacks import FiniteGuard, Freezing, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
 from .checks import check_arguments, check_batches, check_best_task
@@ -100,6 +100,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         with whole_weights(args):
             student, self.reader = resolve_student(model, processing_class)
             stop_where_taught(student, self.reader.tokenizer, turn_end(self.reader))  # also where its users load it
+            if isinstance(former := getattr(student, NAME, None), KVBridge):  # of an earlier trainer
+                former.detach(student)
             shape: Any = kv_shape(student) if teachers else None  # without teachers any model can be trained
             self.matched_by = fingerprint(student) if args.alignment.layers.method == "cka" else None
             layers = shape.num_layers if shape else 0
@@ -289,7 +291,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         """Add the mean raw value and the current weight of every loss term to the training logs."""
         if "loss" in logs:
             step = self.state.global_step
-            logs |= self.monitor.logs(self.accelerator, step, step / max(1, self.state.max_steps))
+            trained = max(0, step - 1)  # the last step went by the weights of what was done before it
+            logs |= self.monitor.logs(self.accelerator, step, trained / max(1, self.state.max_steps))
         super().log(logs, start_time)
 
     def aligned_share(self, name: str) -> float:
@@ -320,6 +323,8 @@ class MultiTeacherKVTrainer(HubTrainer):
         rows = encoded_to_evaluate(rows, self.args, self.reader)
         student = self.accelerator.unwrap_model(self.model)
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        if callable(average := getattr(self.optimizer, "eval", None)):  # schedule-free ones keep two sets of weights
+            average()
         tokenizer = self.processing_class
         # accelerate has wrapped forward in it already, but the generate of adapters passes that by.
         with self.accelerator.autocast():
@@ -364,6 +369,9 @@ class MultiTeacherKVTrainer(HubTrainer):
             return found
         finally:
             profiling.start(None)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Freezing):
+                    callback.release()
             if self.use_cache is not None:
                 self.model.config.use_cache = self.use_cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datasets import Dataset
 from helpers_trainer import ROWS, World, curve, weights
 from peft import LoraConfig
 from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kv_trainer.arguments import (
     AlignmentConfig,
@@ -71,6 +73,49 @@ def test_a_checkpoint_is_whole_and_holds_no_pickle_of_arguments(run: Path) -> No
     names = {p.name for p in folder.iterdir()}
     assert {"model.safetensors", BRIDGE_FILE, MANIFEST_FILE, "trainer_state.json"} <= names
     assert "training_args.bin" not in names and not [n for n in names if n.startswith(".")]
+
+
+def test_a_checkpoint_that_a_signal_asked_for_can_be_resumed(world: World, tmp_path: Path) -> None:
+    """enable_jit_checkpoint keeps a mark in the folder until all is written, and takes it away."""
+    former = signal.getsignal(signal.SIGTERM)
+    trainer = world.trainer(tmp_path, losses(), max_steps=3, enable_jit_checkpoint=True)
+    signal.signal(signal.SIGTERM, former)
+    manager = next(c.jit_manager for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager"))
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            manager.is_checkpoint_requested = state.global_step == 2
+
+    trainer.add_callback(Ask())
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert what_is_missing(folder) is None and not list(folder.glob("*incomplete*"))
+    again = world.trainer(tmp_path, losses(), max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_a_plain_student_is_not_saved_beside_adapters_that_would_be_loaded(world: World, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    world.trainer(tmp_path / "a", losses(), peft_config=lora).save_model(str(tmp_path / "s"))
+    (tmp_path / "s" / "chat_template.jinja").write_text("of another tokenizer")
+    assert (tmp_path / "s" / "adapter_config.json").exists() and (tmp_path / "s" / BRIDGE_FILE).exists()
+    plain = world.trainer(tmp_path / "b", {"cross_entropy": CrossEntropy()}, teachers={})
+    plain.save_model(str(tmp_path / "s"))
+    left = {path.name for path in (tmp_path / "s").iterdir()}
+    assert not left & {"adapter_config.json", "adapter_model.safetensors", BRIDGE_FILE, "chat_template.jinja"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "s").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights(plain).items() if name in again)
+
+
+def test_saving_takes_away_older_weights_of_its_own_alone(world: World, tmp_path: Path) -> None:
+    trainer = world.trainer(tmp_path / "run", losses())
+    own = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    users = ["model_ema.safetensors", "model-best.safetensors", "modelcard.safetensors.index.json"]
+    for name in [*own, *users]:
+        (tmp_path / name).write_text("{}")
+    trainer.save_model(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir() if "safetensors" in p.name} == {*users, "model.safetensors", BRIDGE_FILE}
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", BRIDGE_FILE, "optimizer.pt", "rng_state.pth"])

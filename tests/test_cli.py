@@ -27,6 +27,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from kv_trainer.capture import kv_shape
 from kv_trainer.cli import main, split_overrides
+from kv_trainer.run import of_the_whole_run
+from kv_trainer.store.shards import FORMAT
 from kv_trainer.version import __version__
 
 DEPRECATES = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -220,7 +222,7 @@ def test_a_store_is_looked_for(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     code, _, err = run(capsys, *stored, "--losses.logit_kd.weight=1")
     assert code == 2 and "r.yaml: The store of teacher 'math' has no logits, which this recipe needs" in err
     (tmp_path / "stored").mkdir()
-    record = {"format": 2, "teachers": {"maths": {"importance": False, "scores": False}}}
+    record = {"format": FORMAT, "teachers": {"maths": {"importance": False, "scores": False}}}
     (tmp_path / "stored/store.json").write_text(json.dumps(record))
     code, _, err = run(capsys, *stored)
     assert code == 2 and "r.yaml: stored holds the teachers maths, not 'math'" in err
@@ -232,7 +234,7 @@ def test_a_stored_teacher_need_not_be_here(capsys: pytest.CaptureFixture[str], t
     (tmp_path / "stored").mkdir()
     shape = dataclasses.asdict(kv_shape(LlamaForCausalLM(LlamaConfig.from_pretrained("student"))))
     teacher = {"importance": False, "scores": False, "shape": shape}
-    record = {"format": 2, "form": "aligned", "teachers": {"math": teacher}}
+    record = {"format": FORMAT, "form": "aligned", "teachers": {"math": teacher}}
     (tmp_path / "stored/store.json").write_text(json.dumps(record))
     code, out, err = run(capsys, *stored)
     assert code == 0 and err == "" and out.startswith("ok r.yaml")
@@ -328,6 +330,38 @@ def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], 
     assert code == 2 and f"MODEL is '{command[1]}', which could not be loaded: there is no such folder" in err
 
 
+def test_tensors_that_were_cut_off_are_told_by_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForCausalLM(LlamaConfig.from_pretrained("student")).save_pretrained("student")
+    weights = Path("student/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for command in (["evaluate", "student", "--recipe", "r.yaml"],
+                    ["export", "student", "--format", "onnx", "--output", "new"]):  # fmt: skip
+        code, _, err = run(capsys, *command)
+        assert code == 2 and "error: The weights in student cannot be read (" in err and "Traceback" not in err
+
+
+def test_what_an_evaluated_folder_does_not_say_is_as_the_recipe_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForCausalLM(LlamaConfig.from_pretrained("student")).save_pretrained("weights")
+    command = ["evaluate", "weights", "--recipe", "r.yaml", "--data.eval_split", "train", "--evaluation.generate=false"]
+    code, out, err = run(capsys, *command)
+    assert code == 0 and "perplexity" in out, err
+    code, _, err = run(capsys, *command, "--student.attn_implementation", "nonsense")
+    assert code == 2 and "nonsense" in err
+    code, half, err = run(capsys, *command, "--student.dtype", "bfloat16")
+    assert code == 0 and half != out
+
+
+@pytest.mark.parametrize("command", [["evaluate", "student", "--recipe", "r.yaml"], ["diagnose", "r.yaml"]])
+def test_ctrl_c_leaves_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kv_trainer.recipes.load_recipe", interrupted)
+    assert run(capsys, *command) == (130, "", "kv-trainer: interrupted\n")
+
+
 def test_results_are_not_lost_to_a_wrong_place_for_predictions(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "evaluate", "student", "--recipe", "r.yaml", "--predictions", ".")
     assert code == 2 and "--predictions . is a folder; name a file in it" in err
@@ -382,6 +416,17 @@ def test_a_folder_with_a_run_in_it(capsys: pytest.CaptureFixture[str]) -> None:
         code == 2
         and f"{', '.join(f.name for f in left)} of an earlier run, which cannot be resumed; give another" in err
     )
+
+
+def test_results_of_a_resumed_run_are_of_all_of_it(tmp_path: Path) -> None:
+    """Trainer divides the losses of the last session by the steps of all, and the samples of all by its seconds."""
+    rows = [{"step": 4, "loss": 3.0, "time": 6.0}, {"step": 6, "loss": 1.5, "time": 9.0, "event": "epoch_end"},
+            {"step": 6, "loss": 0.0, "time": 9.0}, {"step": 6, "eval_loss": 2.0, "time": 10.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    session = {"train_loss": 0.1, "train_runtime": 2.0, "train_steps_per_second": 3.0, "epoch": 1.0}
+    assert of_the_whole_run(tmp_path, session) == {
+        "train_loss": 2.0, "train_runtime": 10.0, "train_steps_per_second": pytest.approx(0.6),
+    }  # fmt: skip
 
 
 def test_a_finished_run_is_not_overwritten_by_another(capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,6 +312,17 @@ def test_each_side_says_its_own_answer(tiny_tokenizer):
     assert encode_own(tiny_tokenizer, TimeAlignment("segment_aware"))[1]["math/answer_position"] > 0
 
 
+def test_files_that_are_no_rows_are_told(tmp_path):
+    (tmp_path / "r.jsonl").write_text("")
+    with pytest.raises(ValueError, match="r.jsonl cannot be read as rows: it is empty."):
+        load_split(DataConfig(path=str(tmp_path / "r.jsonl")), "train", None)
+    (tmp_path / "r.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="r.jsonl.gz, a file of another kind than .jsonl, .json, .parquet, .csv"):
+        load_split(DataConfig(path=str(tmp_path / "r.jsonl.gz")), "train", None)
+    with pytest.raises(ValueError, match="data.name is 'main', but data.path is the file .*; leave data.name out"):
+        load_split(DataConfig(path=str(tmp_path / "r.jsonl"), name="main"), "train", None)
+
+
 @pytest.mark.parametrize("column", ["question", "reply"])
 def test_a_null_in_a_template_is_told(tiny_tokenizer, column):
     rows = [{"question": "what", "reply": "this"}, {"question": "what", "reply": "this", column: None}]

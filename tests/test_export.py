@@ -152,6 +152,25 @@ def test_merged_equals_unmerged(models: Path, tmp_path: Path, capsys: pytest.Cap
         torch.testing.assert_close(merged(ids).logits, unmerged, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_a_merge_of_16_bits_may_be_rounded_but_not_wrong(
+    target: str, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Adapters on the embeddings alone, merged, would change the head that is tied to them too."""
+    tiny_model("llama", num_hidden_layers=2, tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    adapters = LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    get_peft_model(base, adapters).save_pretrained(tmp_path / "adapters", save_embedding_layers=False)
+    if target == "q_proj":
+        assert export(str(tmp_path / "adapters"), "merged", tmp_path / "m").difference > 0
+        return
+    with pytest.raises(ValueError, match="merged, logits are off by"):
+        export(str(tmp_path / "adapters"), "merged", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_merging_a_plain_checkpoint_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to merge"):
         export(str(models / "llama"), "merged", tmp_path / "m")

@@ -62,6 +62,18 @@ def test_lists_of_the_config_follow(tiny_model, tmp_path):
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("kept", [[0, 1], [2], [1, 2]], ids=str)
+def test_layers_of_one_kind_of_attention_may_be_kept(tiny_model, tmp_path, kept):
+    """Gemma 3 has RoPE for each kind; a model without one of the two has no words for its RoPE, and needs none."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("gemma3_text", **{**FAMILIES["gemma3_text"], "num_hidden_layers": 3, "layer_types": kinds})
+    keep_layers(model, kept)
+    assert model.config.layer_types == [kinds[i] for i in kept]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    torch.testing.assert_close(again(IDS).logits, model.eval()(IDS).logits)
+
+
 MIXED = {
     "first layers dense": ("deepseek_v3", {"first_k_dense_replace": 1}),
     "some layers dense": ("qwen3_moe", {"mlp_only_layers": [1]}),

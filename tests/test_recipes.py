@@ -11,9 +11,9 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from kv_trainer.arguments import MultiTeacherKVConfig, ProjectorConfig
+from kv_trainer.arguments import FreezeConfig, MultiTeacherKVConfig, ProjectorConfig
 from kv_trainer.checks import ignored
-from kv_trainer.fusion import FUSIONS, Similarity, Uniform
+from kv_trainer.fusion import FUSIONS, Confidence, Similarity, Uniform
 from kv_trainer.losses import LOSSES, GradientShare
 from kv_trainer.recipes import NESTED, RecipeError, load_recipe, save_recipe
 
@@ -382,6 +382,8 @@ def test_overrides_of_losses_and_teachers() -> None:
         (["--extends", "./y.yaml"], "'--extends' on the command line is no override"),
         (["--losses.kv_relation.weight", "-1"], "losses.kv_relation on the command line: weight is -1"),
         (["--losses.kv_relation", "null"], "teachers.math in recipes/x.yaml, line 3 would be ignored"),
+        (["--projector.mlp_ratio", "-3"], "projector on the command line: mlp_ratio is -3; give a number above 0"),
+        (["--projector.dropout", "1"], "projector on the command line: dropout is 1; give a share from 0 up to 1"),
         (["--data.path", "../rows"], "data.path on the command line is '../rows', which leaves its folder"),
         (["--training", "5"], "training on the command line is 5 (int); give a mapping"),
     ],
@@ -402,6 +404,16 @@ def test_paths_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     recipe = load_recipe(folder / "recipes/x.yaml")
     assert recipe.student.config == str(folder / "recipes/m")
     assert load_recipe("../recipes/x.yaml", ["--student.config", str(folder)]).student.config == str(folder)
+    monkeypatch.chdir(folder)
+    whole = str(folder / "recipes/m")  # as a relative path it would look like a name of the Hub
+    assert load_recipe("recipes/x.yaml", ["--student.config", whole]).student.config == whole
+
+
+def test_a_section_is_switched_off_by_null(folder: Path) -> None:
+    text = "student: {model: org/s}\nfreeze: {attention: true, until_step: 5}\nfusion: {method: uniform}\n"
+    text += "data: {path: org/rows}\n"
+    found = load_recipe(write(text), ["--freeze", "null", "--fusion=null"]).args
+    assert found.freeze == FreezeConfig() and found.fusion == Confidence()
 
 
 def test_other_names_are_left_as_they_are(folder: Path) -> None:

@@ -229,6 +229,13 @@ def test_a_raw_store_serves_another_tokenizer(home: Path, start, raw: list[str],
     assert_same(losses_of(start(*settings)), losses_of(start(*raw, *settings)))
 
 
+def test_what_no_store_has_is_told_before_the_pass(home: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(home / "recipe.yaml", ["--store.path", str(tmp_path / "new"), "--losses.codi.weight", "1"])
+    with pytest.raises(ValueError, match="has no hidden states, .* source: live.$"):
+        precompute(recipe)
+    assert not list((tmp_path / "new").rglob("*.safetensors"))
+
+
 def copied(home: Path, tmp_path: Path) -> list[str]:
     return [*STORED, "--store.path", str(shutil.copytree(home / "store", tmp_path / "store"))]
 

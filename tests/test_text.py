@@ -39,6 +39,13 @@ def test_readers_without_offsets_or_template_are_refused(plain):
         Reader(plain, chat=True)
 
 
+def test_what_a_template_does_not_read_is_refused(tiny_tokenizer):
+    template = "{% if enable_thinking %}think{% endif %}" + PLAIN
+    Reader(tiny_tokenizer(chat_template=template), chat={"enable_thinking": False})
+    with pytest.raises(ValueError, match="chat gives the template enable_thinkin, which the one of .* does not read"):
+        Reader(tiny_tokenizer(chat_template=template), chat={"enable_thinkin": False})
+
+
 # One row
 
 

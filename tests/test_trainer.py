@@ -526,7 +526,7 @@ def test_logs_are_the_means_of_the_steps(world, start) -> None:
     assert [log["step"] for log in logs] == [2, 4]
     for log, (one, two), (early, late) in zip(logs, (steps[:2], steps[2:]), ((1, 0.75), (0.5, 0.25)), strict=True):
         assert log["loss_cross_entropy"] == pytest.approx((one + two) / 2, rel=1e-5)
-        assert log["weight_cross_entropy"] == pytest.approx(0.5 * (1 - log["step"] / 4))
+        assert log["weight_cross_entropy"] == pytest.approx(0.5 * (1 - (log["step"] - 1) / 4)), "of the step itself"
         assert log["weight_kv_relation"] == 2.0
         expected = (0.5 * early * one + 0.5 * late * two) / 2 + 2 * log["loss_kv_relation"]
         assert log["loss"] == pytest.approx(expected, rel=1e-3)  # Trainer rounds it

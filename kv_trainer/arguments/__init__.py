@@ -5,7 +5,8 @@ What each default was measured against is in docs/results/defaults/README.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -82,6 +83,12 @@ class MultiTeacherKVConfig(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs is {self.num_train_epochs:g}: nothing would be trained; give more than 0."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments gives it, which is for trackers; our sections as plain values too."""
+        found: dict[str, Any] = super().to_dict()
+        found |= {k: asdict(v) for k, v in found.items() if is_dataclass(v) and not isinstance(v, type)}
+        return {**found, "losses": {name: asdict(loss) for name, loss in self.losses.items()}}
 
 
 @dataclass

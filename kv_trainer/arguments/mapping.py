@@ -81,3 +81,9 @@ class ProjectorConfig:
     activation: Literal["silu", "relu", "gelu"] = "silu"
     init: Literal["auto", "grouped", "xavier", "kaiming", "normal"] = "auto"
     learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mlp_ratio, str) and self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio:g}; give a number above 0, or auto.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout:g}; give a share from 0 up to 1.")

@@ -41,7 +41,7 @@ class Freezing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Sort the parameters. ValueError where there is nothing to freeze, or the gradients are not ours."""
-        self._release()
+        self.release()
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError("freeze does not work with DeepSpeed, which keeps the gradients; use DDP or FSDP.")
         student = extract_model_from_parallel(model)
@@ -80,7 +80,7 @@ class Freezing(TrainerCallback):
         wanted = {name: p for part in found.values() for name, p in part.items()}
         if wanted.keys() == self._resting.keys():
             return
-        self._release()
+        self.release()
         self._resting = {name: (p, p.register_hook(torch.zeros_like)) for name, p in wanted.items()}
         announce(state, f"freeze: {', '.join(found) or 'nothing rests any more'}")
 
@@ -93,9 +93,10 @@ class Freezing(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let all move again: at the end of a run, and where it breaks off."""
         for _, handle in self._resting.values():
             handle.remove()
         self._resting = {}

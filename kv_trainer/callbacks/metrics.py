@@ -54,6 +54,7 @@ class MetricsFile(TrainerCallback):
         self.samples: Tensor | float = 0.0
         self.tokens: Tensor | float = 0.0
         self.input_tokens = 0
+        self.ended: float | None = None  # when training did: what is logged later took none of its time
         self.busy = self.mark = 0.0  # seconds in steps since the last training log; when the present stretch began
 
     def count(self, samples: Tensor | float, tokens: Tensor | float | None) -> None:
@@ -73,6 +74,7 @@ class MetricsFile(TrainerCallback):
         """Open the file: empty on a fresh start, cut back to the checkpoint on a resumed one."""
         self.logged_step, self.ending, self.epoch_rows = state.global_step, False, []
         self.samples = self.tokens = self.busy = 0.0
+        self.ended = None
         self.input_tokens, self.mark = state.num_input_tokens_seen, time.monotonic()
         if not state.is_world_process_zero:
             return
@@ -142,6 +144,11 @@ class MetricsFile(TrainerCallback):
         elif args.logging_strategy != "no":
             self.ending = control.should_log = True
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.ended = time.monotonic()
+
     def _end_epoch(self, state: TrainerState) -> None:
         self.ending, rows, self.epoch_rows = False, self.epoch_rows, []
         if self.path is not None and state.is_world_process_zero and rows:
@@ -162,7 +169,7 @@ class MetricsFile(TrainerCallback):
 
     def _write(self, state: TrainerState, numbers: dict[str, float], event: str | None = None) -> None:
         assert self.path is not None
-        elapsed = round(time.monotonic() - self.start, 3)
+        elapsed = round((self.ended or time.monotonic()) - self.start, 3)
         row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch, "time": elapsed}
         row |= {"event": event} if event else {}
         # Strict readers of JSON know no NaN.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 
 from ..bridge import NAME
@@ -68,9 +69,18 @@ def hash_files(path: str) -> str:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Of the student's parameters and buffers by name, without the bridge."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    """Of the student's parameters and buffers by name, without the bridge; of adapters their base's, by its own names.
+
+    Adapters begin as nothing, so an arm that trains them begins as one that trains the weights themselves.
+    """
+    found, state = hashlib.sha256(), model.state_dict()
+    if isinstance(model, PeftModel):
+        adapters = (str(model.base_model.prefix), "modules_to_save.")
+        state = {
+            name.removeprefix("base_model.model.").replace("base_layer.", "").replace("original_module.", ""): tensor
+            for name, tensor in state.items() if not any(part in name for part in adapters)
+        }  # fmt: skip
+    for name, tensor in sorted(state.items()):
         if f"{NAME}." not in name:
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + flat.numpy().tobytes())

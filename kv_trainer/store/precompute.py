@@ -20,7 +20,6 @@ from ..calibration import ROWS as CALIBRATION_ROWS
 from ..files import write_text
 from ..profiling import clocks
 from ..run import build_trainer, side_job
-from ..teachers import TeacherNeeds
 from ..trainer import MultiTeacherKVTrainer
 from .begin import BEGUN, BITS, check_same, describe, form_of, to_make_again
 from .shards import RECORD, checksum, shard_figures, write_shard
@@ -46,8 +45,8 @@ def precompute(recipe: Recipe, repair: bool = False) -> dict[str, Any]:
     check_placement(trainer.teachers, trainer.args.world_size)
     begun = describe(trainer, recipe)
     check_same(folder, begun)
-    for name in trainer.teachers:
-        check_has(name, WHOLE, TeacherNeeds(importance=trainer.bridge.teacher_needs().importance), form_of(store))
+    for name in trainer.teachers:  # before the pass that nobody could use
+        check_has(name, WHOLE, trainer.bridge.teacher_needs(), form_of(store))
     bad = to_make_again(folder, repair)
     trainer.calibrate()
     for name, teacher in trainer.teachers.items():  # likelihoods too: they are cheap now, and every fusion may ask

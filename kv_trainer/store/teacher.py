@@ -136,11 +136,13 @@ def check_has(name: str, told: Mapping[str, Any], needs: TeacherNeeds, form: str
             "likelihoods": needs.scores and not told["scores"]}  # fmt: skip
     missing = [what for what, wanted in live.items() if wanted]
     if missing:
-        raw = missing[0] == "importance" and form == "raw"
-        instead = "take store.form: aligned" if raw else "precompute with this recipe's losses and fusion"
+        instead = ""  # of what no store has, none can be made
+        if missing[0] in ("importance", "likelihoods"):
+            raw = missing[0] == "importance" and form == "raw"
+            instead = ", or take store.form: aligned" if raw else ", or precompute with this recipe's losses and fusion"
         raise ValueError(
             f"The store of teacher '{name}' has no {missing[0]}, which this recipe needs; set "
-            f"teachers.{name}.source: live, or {instead}."
+            f"teachers.{name}.source: live{instead}."
         )
 
 

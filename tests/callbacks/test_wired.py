@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_trainer import World, weights
+from transformers import TrainerCallback
 
 from kv_trainer.arguments import AccumulationConfig, EarlyStoppingConfig, FreezeConfig
 from kv_trainer.callbacks import NonFiniteLoss, read_metrics
+from kv_trainer.facts import seconds_trained
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss
 
 
@@ -63,6 +66,33 @@ def test_early_stopping_through_the_trainers_own_evaluation(world: World, tmp_pa
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+class Stop(TrainerCallback):
+    """What Ctrl-C does in the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_nothing_rests_after_a_run_that_broke_off(world: World, tmp_path: Path) -> None:
+    freeze = FreezeConfig(attention=True, until_step=4)
+    trainer = world.trainer(tmp_path, losses(), max_steps=6, freeze=freeze, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not any(p._backward_hooks for p in trainer.model.parameters())
+
+
+def test_time_is_that_of_training(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation the next day took none of it, and the card says how long the run was."""
+    trainer = world.trainer(tmp_path, losses(), max_steps=2, eval_rows=world.encoded)
+    trainer.train()
+    before, now = seconds_trained(tmp_path), time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 86400)
+    trainer.evaluate()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval_loss"] > 0
+    assert seconds_trained(tmp_path) - before < 60
 
 
 def test_growing_steps_with_teachers(world: World, tmp_path: Path) -> None:

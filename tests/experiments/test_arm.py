@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kv_trainer.cli import main
 from kv_trainer.evaluation import read_predictions
 from kv_trainer.experiments.arm import run
-from kv_trainer.experiments.fingerprints import hash_files, hash_inputs, hash_model
+from kv_trainer.experiments.fingerprints import hash_files, hash_inputs, hash_model, hash_weights
 from kv_trainer.recipes import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "two_teachers.yaml"
@@ -82,6 +83,13 @@ def test_files_are_known_by_what_counts_of_them(plain: tuple[Path, dict[str, Any
     assert second[0] != first[0] and second[1] != first[1]
     (teacher / "tokenizer.json").write_text("{}")
     assert now()[0] != second[0]
+
+
+def test_adapters_begin_as_their_base(tiny_model: Any) -> None:
+    plain = tiny_model("llama", tie_word_embeddings=True)
+    wanted, other = hash_weights(plain), hash_weights(tiny_model("llama", seed=5, tie_word_embeddings=True))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    assert hash_weights(get_peft_model(plain, lora)) == wanted != other
 
 
 def test_predictions_are_what_the_metrics_count(plain: tuple[Path, dict[str, Any]]) -> None:
