@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,9 +26,10 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
+from kv_trainer.arguments import StudentConfig
 from kv_trainer.capture import kv_shape
 from kv_trainer.cli import main, split_overrides
-from kv_trainer.run import of_the_whole_run
+from kv_trainer.run import load_evaluated, of_the_whole_run
 from kv_trainer.store.shards import FORMAT
 from kv_trainer.version import __version__
 
@@ -347,8 +349,9 @@ def test_what_an_evaluated_folder_does_not_say_is_as_the_recipe_has_it(capsys: p
     assert code == 0 and "perplexity" in out, err
     code, _, err = run(capsys, *command, "--student.attn_implementation", "nonsense")
     assert code == 2 and "nonsense" in err
-    code, half, err = run(capsys, *command, "--student.dtype", "bfloat16")
-    assert code == 0 and half != out
+    section = StudentConfig(config="student", tokenizer="student")
+    assert load_evaluated("weights", section)[0].dtype == torch.float32
+    assert load_evaluated("weights", dataclasses.replace(section, dtype="bfloat16"))[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("command", [["evaluate", "student", "--recipe", "r.yaml"], ["diagnose", "r.yaml"]])
