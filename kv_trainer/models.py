@@ -183,7 +183,7 @@ def is_as(model: nn.Module, other: nn.Module) -> bool:
         }
 
     ours, theirs = numbers(model), numbers(other)
-    return shapes(model) == shapes(other) and all(name in ours and ours[name] == value for name, value in theirs.items())
+    return shapes(model) == shapes(other) and all(name in ours and ours[name] == theirs[name] for name in theirs)
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str]:
