@@ -88,6 +88,7 @@ class Router(Fusion):
 
     It learns from the distillation losses alone, through the shares, so left to itself it may settle on the teacher
     that is the easiest to copy; `entropy` times (log M - entropy of the shares) is added to the loss against that.
+    Under logit_kd, a sum over aligned positions, a teacher that is aligned with few of them costs little.
     kind: linear, or mlp with `hidden` channels. per_layer: one gate a student layer. Learns at
     projector.learning_rate.
     Source: the gate of a mixture of experts, arXiv 1701.06538, over teachers.
