@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -142,6 +142,21 @@ class Template(Formatter):
         if value is None:
             raise NoValue(f"The column '{field_name}' of a data template is null in a row; filter such rows out.")
         return value, column
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return self.said(super().format_field, value, format_spec, f":{format_spec}")
+
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        return self.said(super().convert_field, value, conversion, f"!{conversion}")
+
+    def said(self, function: Callable[..., Any], value: Any, how: Any, written: str) -> Any:
+        try:
+            return function(value, how)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"A data template writes a column as '{written}', which {shown(value)} cannot be ({error}); name the "
+                "column alone, as in {question}."
+            ) from error
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:

@@ -348,6 +348,13 @@ def test_a_template_that_reaches_into_a_column(tiny_tokenizer):
             example_of(rows[0], DataConfig(response=template))
 
 
+@pytest.mark.parametrize("template", ["{q:d}", "{q!x}"])
+def test_a_format_that_a_column_cannot_have_is_told(template):
+    with pytest.raises(ValueError, match="A data template writes a column as '.[dx]', which 'what' cannot be .* alone"):
+        example_of({"q": "what"}, DataConfig(response=template))
+    assert example_of({"q": 0.5}, DataConfig(response="{q:.2f}")).completion == "0.50"
+
+
 def test_mistakes_in_teacher_text_are_named(tiny_tokenizer):
     rows, reader = Dataset.from_list(OWN), Reader(tiny_tokenizer())
     with pytest.raises(ValueError, match="names a teacher 'maths', but the teachers are math"):
