@@ -100,6 +100,8 @@ class RoutingLog:
 
     def save(self, folder: Path) -> None:
         """routing.json, and a heat map each: routing_task.png, and routing_layer.png where layers differ."""
+        for former in ("routing.json", *(f"routing_{axis}.png" for axis in ("task", "layer"))):
+            (folder / former).unlink(missing_ok=True)  # of a run in this folder whose shares differed
         found = self.matrices()
         if not found:
             return

@@ -139,8 +139,7 @@ def train(
     trainer.save_state()
     if main:
         write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-        for former in (folder / PREDICTIONS, *folder.glob("routing*")):  # of a run in this folder that had them
-            former.unlink(missing_ok=True)
+        (folder / PREDICTIONS).unlink(missing_ok=True)  # of a run in this folder that had some
         if trainer.predictions:
             write_predictions(folder / PREDICTIONS, trainer.predictions)
         trainer.routing.save(folder)
@@ -238,6 +237,7 @@ def load_evaluated(model: str, section: StudentConfig) -> tuple[Any, PreTrainedT
     except (OSError, ValueError):
         if section.tokenizer is None:
             raise
+        logger.warning("%s holds no tokenizer that can be read; the recipe's is taken: %s.", model, section.tokenizer)
         return student, load_tokenizer(section)
 
 

@@ -41,8 +41,10 @@ def test_equal_layers_and_no_tasks_make_no_picture(tmp_path: Path) -> None:
     log = RoutingLog(["a", "b"], [], 3)
     log.add(torch.tensor([[0.25, 0.5], [0.75, 0.5]]), None)
     assert log.logs(lambda x: x) == {"share_a": 0.375, "share_b": 0.625}
+    for name in ("routing_layer.png", "routing_notes.txt"):  # an older run's, and the user's
+        (tmp_path / name).write_text("")
     log.save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["routing.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"routing.json", "routing_notes.txt"}
 
 
 def test_a_run_that_goes_on_counts_what_was_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
