@@ -46,7 +46,7 @@ class CODILoss(DistillationLoss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.student_hidden is not None and inputs.weights is not None and inputs.answer_positions is not None
-        position, says = inputs.answer_positions.clamp_min(0), inputs.answer_positions >= 0
+        position = inputs.answer_positions.clamp_min(0)
         ours = [at(hidden, position) for hidden in inputs.student_hidden]
         # The embeddings share as the first layer does.
         weights = layer_weights(inputs.weights, [max(0, i - 1) for i in range(len(ours))])
@@ -59,6 +59,5 @@ class CODILoss(DistillationLoss):
                 sigma = target.std(1, correction=0).clamp_min(1e-3)
                 mapped = projector(student.to(dtype_of(projector))).float()
                 terms.append(F.smooth_l1_loss(mapped, target, reduction="none").mean(1) / sigma)
-            both = inputs.answered[name] & says
-            total = total + torch.where(both, (weight * torch.stack(terms)).mean(0), 0)
+            total = total + torch.where(inputs.answered[name], (weight * torch.stack(terms)).mean(0), 0)
         return total.sum() / inputs.num_samples

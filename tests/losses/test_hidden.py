@@ -62,6 +62,7 @@ def test_without_any_answer_projections_still_take_part() -> None:
     """A parameter that one rank leaves out of its graph stops distributed training."""
     inputs = random_inputs()
     inputs.answer_positions = torch.full_like(inputs.answer_positions, -1)
+    inputs.answered = {name: torch.zeros_like(said) for name, said in inputs.answered.items()}
     value = CODILoss()(inputs)
     value.backward()
     assert value == 0
