@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from backends import ROOT
 from datasets import Dataset
 from helpers_trainer import ROWS, STUDENT
 from safetensors.torch import load_file
-from two_hosts import available, run_on_both
+from two_hosts import HUNG, available, run_on_both
 
 pytestmark = [
     pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("distributed"),
@@ -48,6 +50,11 @@ def test_two_hosts_train_as_one(tmp_path: Path, tiny_model: Any, tiny_tokenizer:
     for backend, (launcher, settings) in LAUNCHERS.items():
         command = [*launcher, "-m", "kv_trainer", "train", str(tmp_path / "recipe.yaml"), *settings]
         found = run_on_both([*command, "--training.output_dir", str(tmp_path / backend)], environment)
+        if any(code == HUNG for code, _ in found) and (tmp_path / backend / "README.md").exists():
+            # Seldom gloo never lets a process go that has done all its work (pytorch/pytorch#190489).
+            warnings.warn(f"{backend} hung as it ended:\n{found[0][1][-6000:]}\n{found[1][1][-6000:]}", stacklevel=1)
+            shutil.rmtree(tmp_path / backend)
+            found = run_on_both([*command, "--training.output_dir", str(tmp_path / backend)], environment)
         assert [code for code, _ in found] == [0, 0], f"{backend}: {found[0][1][-3000:]}\n{found[1][1][-3000:]}"
         finals.append(load_file(tmp_path / backend / "model.safetensors"))
     start = load_file(tmp_path / "student" / "model.safetensors")

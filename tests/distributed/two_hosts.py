@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryFile
 
 ADDRESS = "10.213.7.1"
 
@@ -49,22 +52,43 @@ def two_hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def run_on_both(command: list[str], environment: dict[str, str], seconds: float = 300) -> list[tuple[int, str]]:
-    """Exit code and output of a command on each host; {rank} and {address} in its words are replaced."""
-    with two_hosts() as hosts:
+HUNG = -signal.SIGABRT
+
+
+def run_on_both(command: list[str], environment: dict[str, str], seconds: float = 200) -> list[tuple[int, str]]:
+    """Exit code and output of a command on each host; {rank} and {address} in its words are replaced.
+
+    A host that has not ended after so many seconds is aborted: its code is HUNG, and its output ends with where every
+    thread stood.
+    """
+    settings = {**environment, "GLOO_SOCKET_IFNAME": "eth0", "PYTHONFAULTHANDLER": "1"}
+    with two_hosts() as hosts, ExitStack() as open_files:
+        outputs = [open_files.enter_context(TemporaryFile("w+")) for _ in hosts]  # a pipe that is full stops its host
         started = []
-        for rank, prefix in enumerate(hosts):
+        for rank, (prefix, output) in enumerate(zip(hosts, outputs)):
             words = [word.replace("{rank}", str(rank)).replace("{address}", ADDRESS) for word in command]
-            started.append(subprocess.Popen(
-                [*prefix, *words], env={**environment, "GLOO_SOCKET_IFNAME": "eth0"}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            ))  # fmt: skip
+            started.append(subprocess.Popen([*prefix, *words], env=settings, stdout=output, stderr=subprocess.STDOUT))
+        end = time.monotonic() + seconds
         try:
-            outputs = [process.communicate(timeout=seconds)[0] for process in started]
+            while any(process.poll() is None for process in started) and time.monotonic() < end:
+                time.sleep(0.1)
+            codes = [HUNG if process.poll() is None else process.returncode for process in started]
         finally:
-            for process in started:
-                process.kill()
-    return [(process.returncode, output) for process, output in zip(started, outputs)]
+            for prefix in hosts:
+                abort_all(prefix[-1])
+        for process, output in zip(started, outputs):
+            process.wait()
+            output.seek(0)
+        return [(code, output.read()) for code, output in zip(codes, outputs)]
+
+
+def abort_all(name: str) -> None:
+    """Ends what runs in a namespace, workers before the launchers that started them."""
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+    for pid in sorted(map(int, pids), reverse=True):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
+            time.sleep(1)  # for its words
 
 
 if __name__ == "__main__":
