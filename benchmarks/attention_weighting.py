@@ -20,7 +20,7 @@ import torch
 from common import build, exponent, make_trainer, now, parser, peak_memory, row, save, stepper, text_rows, tokenizer
 from transformers import PreTrainedModel
 
-from kv_trainer import bridge, teachers
+from kv_trainer import supervision, teachers
 from kv_trainer.capture import capture_kv
 from kv_trainer.importance import importance
 from kv_trainer.losses import CrossEntropy, KVRelationLoss
@@ -38,7 +38,7 @@ def step_shares(attention: Any, options: Any) -> list[float]:
         inside.append(now(options.device) - began)
         return found
 
-    bridge.importance = teachers.importance = timed
+    supervision.importance = teachers.importance = timed
     reads = tokenizer(600)
     relation = KVRelationLoss(attention=attention, attention_warmup_steps=0)
     losses = {"cross_entropy": CrossEntropy(), "kv_relation": relation}

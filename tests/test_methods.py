@@ -141,7 +141,7 @@ def count_work(trainer: MultiTeacherKVTrainer, monkeypatch: pytest.MonkeyPatch) 
                 kind = "head" if module_name == "lm_head" else "teacher linear"
                 module.register_forward_pre_hook(lambda *_, kind=kind: work.update([kind]))
     mapping = "kv_trainer.alignment.mapping"
-    for target in ("kv_trainer.bridge.importance", "kv_trainer.teachers.importance",
+    for target in ("kv_trainer.supervision.importance", "kv_trainer.teachers.importance",
                    "kv_trainer.teachers.attention_mass", f"{mapping}.rotated_pairs", f"{mapping}.mapped_hidden",
                    "kv_trainer.monitor.gradient_norms"):  # fmt: skip
         module, function = target.rsplit(".", 1)
