@@ -15,7 +15,7 @@ from helpers_trainer import World, assert_same_run, curve, weights
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from kv_trainer import bridge, teachers
+from kv_trainer import supervision, teachers
 from kv_trainer.fusion import FUSIONS, Fusion
 from kv_trainer.importance import position_weights
 from kv_trainer.losses import CrossEntropy, KVLoss, KVRelationLoss, LossInputs
@@ -360,7 +360,7 @@ def world(tiny_model, tiny_tokenizer) -> World:
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often importance has been computed, of the student and of teachers."""
     count = {"student": 0, "teacher": 0}
-    for side, module in (("student", bridge), ("teacher", teachers)):
+    for side, module in (("student", supervision), ("teacher", teachers)):
         monkeypatch.setattr(module, "importance", counted(module.importance, count, side))
     return count
 
