@@ -28,7 +28,7 @@ from .vocabulary import Head
 class Supervision:
     """What one micro-batch is taught: the teachers' signals, the labels, and the counts that normalise a step.
 
-    signals: as the teachers give them, or already aligned by `KVBridge.align`, which lets go of what is not needed.
+    signals: as the teachers give them, or already aligned by `TeacherMaps.align`, which lets go of what is not needed.
     step, progress: optimizer steps done, and their share of the run. tasks, answer_positions, tokens (see FusionInputs)
     [B], segments [B, T]: where known.
     measure: called with the raw terms, their graph whole, before they are weighed; inside the wrapped forward pass.
