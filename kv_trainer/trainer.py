@@ -1,41 +1,36 @@
-"""MultiTeacherKVTrainer: the Trainer's overrides, no maths."""
+"""MultiTeacherKVTrainer: what it is put together from, evaluation, and training; a step is steps.py."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import profiling
 from .adapters import add_adapters, students_peft
 from .arguments import MultiTeacherKVConfig
-from .bridge import NAME, KVBridge, Supervision
+from .bridge import NAME, KVBridge
 from .calibration import Calibration
 from .callbacks import FiniteGuard, Freezing, GrowingAccumulation, LossTermsProgress, MetricsFile, default_callbacks
 from .capture import kv_shape
 from .checkpoints import zero_stage
-from .checks import check_arguments, check_batches, check_best_task
-from .collator import tokens_of
+from .checks import check_arguments, check_best_task
 from .data import Reader, task_names
 from .encoding import collator, encoded, encoded_to_evaluate, has_text
 from .evaluation import evaluate_rows
 from .facts import recipe_of
-from .losses import CrossEntropy, LossInputs, needs_teacher
+from .losses import needs_teacher
 from .manifest import describe_run, fingerprint
 from .models import stop_where_taught, whole_weights
 from .monitor import StepMonitor
 from .optimizer import add_missing, set_apart
 from .panel import TeacherPanel
-from .profiling import part
-from .publish import HubTrainer
 from .report import save_layer_match
 from .resolve import (
     Loadable,
@@ -49,13 +44,12 @@ from .resolve import (
 )
 from .routing import RoutingLog
 from .row_checks import aligned_share
+from .steps import StepTrainer
 from .teachers import Teacher
 from .text import turn_end
 
-GRACE = 3.0  # seconds until the end of a loader worker is known
 
-
-class MultiTeacherKVTrainer(HubTrainer):
+class MultiTeacherKVTrainer(StepTrainer):
     """A Trainer whose student also learns from the keys and values of several teachers.
 
     model: a name, a folder, a StudentConfig or an instance.
@@ -73,7 +67,6 @@ class MultiTeacherKVTrainer(HubTrainer):
 
     args: MultiTeacherKVConfig
     model: PreTrainedModel
-    train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
@@ -179,7 +172,7 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.metrics_file = next(c for c in ours if isinstance(c, MetricsFile))
         self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
         self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
-        self._samples_in_step: Tensor | float = 1.0
+        self._samples_in_step = 1.0
         return ours
 
     def _settle_engine(self) -> None:
@@ -203,97 +196,6 @@ class MultiTeacherKVTrainer(HubTrainer):
         self.loss_is_scaled_for_ga = True
         # The tokens are counted for our losses, whether or not the student's own forward would take the count.
         self.model_accepts_loss_kwargs = True
-
-    # ---- one step
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
-        """The micro-batches of one step, their supervised tokens, and (kept here) their samples, over all ranks."""
-        try:
-            with part("data"):
-                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
-            if not self.args.dataloader_num_workers:
-                raise
-            time.sleep(GRACE)  # where torch learns of its end, it says which one, here and not while we leave
-            raise RuntimeError(f"A DataLoader worker exited unexpectedly while it sent a batch ({error}).") from error
-        samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
-        if self.args.world_size > 1:
-            samples = self.accelerator.gather(samples).sum()
-        self._samples_in_step = samples
-        if batches:  # accumulation that grows asks once more at the end of an epoch
-            self.monitor.count_step()
-            self.metrics_file.count(samples, num_items)
-        return batches, num_items
-
-    def set_initial_training_values(self, args: Any, dataloader: Any):
-        check_batches(args, dataloader, self.train_dataset)
-        values = super().set_initial_training_values(args, dataloader)
-        return self.growth.run_values(args, values) if self.growth else values
-
-    def _init_training_state(self, *args: Any):
-        """Also once more where a batch size did not fit, and all begins anew."""
-        found = super()._init_training_state(*args)
-        self.monitor.restart()
-        return self.growth.position(self.state.global_step) if self.growth and not self.ended else found
-
-    def _prepare_input(self, data: Any) -> Any:
-        """A batch on its device, as it is: Trainer would cast all floats to the dtype of a DeepSpeed engine's weights,
-        and positions, which bf16 counts to 256, are among them.
-        """
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with part("backward"):  # and what little is around it: the parts of the forward pass are counted apart
-            return super().training_step(*args, **kwargs)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ):
-        """All losses of one micro-batch; outside training, its cross-entropy alone."""
-        labels, text = inputs["labels"], {k: inputs[k] for k in ("input_ids", "attention_mask")}
-        tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        if not model.training:
-            outputs = model(**text, use_cache=False)
-            loss = CrossEntropy()(LossInputs(labels, tokens, len(labels), logits=outputs.logits))
-            return (loss, outputs) if return_outputs else loss
-        step, steps = self.state.global_step, max(1, self.state.max_steps)
-        self.bridge.step = step
-        weighing = "teacher_importance" in self.bridge.weighing(step)
-        supervision = Supervision(
-            self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
-            self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
-            inputs.get("segments"), tokens_of(inputs),
-            self.monitor.measure(self.model, self.accelerator, step, step / steps),
-        )  # fmt: skip
-        # A compiled graph cannot be walked back twice: what it saved for the first time is overwritten by then.
-        eager = torch.compiler.set_stance("force_eager") if supervision.measure else nullcontext()
-        with self.bridge.supervise(supervision), eager, part("student forward"):
-            outputs = model(**text, use_cache=False)
-        watched = {**self.bridge.terms, "total": self.bridge.loss}
-        if self.bridge.weights is not None:  # one that is NaN counts for no position: no term would show it
-            watched["teachers' shares"] = self.bridge.weights.sum()
-        self.guard.watch(watched, inputs.get("row", ()), self.bridge.take_states(), self.bridge.heard)
-        self.monitor.add(inputs.get("task"))
-        # FSDP hands the loss on in the dtype it computes in: its gradient is the same, its value has lost digits.
-        loss = outputs["loss"].float()
-        loss = loss + (self.bridge.loss - loss.detach())
-        # Ranks average their gradients, but each has already divided by the counts of all ranks.
-        loss = loss * self.accelerator.num_processes
-        if self.sharded and "logits" not in self.bridge.requires:  # layers are gathered where a gradient reaches them
-            loss = loss + outputs["logits"][..., :0].sum()
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean raw value and the current weight of every loss term to the training logs."""
-        if "loss" in logs:
-            step = self.state.global_step
-            trained = max(0, step - 1)  # the last step went by the weights of what was done before it
-            logs |= self.monitor.logs(self.accelerator, step, trained / max(1, self.state.max_steps))
-        super().log(logs, start_time)
 
     def aligned_share(self, name: str) -> float:
         """Share of the student's positions that are aligned with a teacher, over the first rows."""
