@@ -195,7 +195,7 @@ def agreement(
     known = sum(map(len, cpus))
     found = where_made(cpus) if known else UNRECORDED
     if 0 < known < (runs := len(arms) * len(seeds)):
-        found += f"; {known} of {runs} recorded it"
+        found = f"{known} of {runs} runs recorded it; among those {found}"
     lines.append(("processor", found))
     code = where_made([[str(records[n, s].get("code")) for n in arms] for s in seeds])
     return [*lines, ("code of this package, by a hash", code)]

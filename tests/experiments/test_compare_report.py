@@ -223,7 +223,7 @@ def test_what_was_not_recorded_is_not_the_same(study: Study) -> None:
     assert told["processor"] == "not recorded by the version that made the runs"
     study.records["ce", 1]["cpu"] = study.records["taught", 1]["cpu"] = "one"
     told = dict(agreement(study.experiment, study.arms, study.seeds, study.findings, study.records))
-    assert told["processor"] == "the same in all runs; 2 of 12 recorded it"
+    assert told["processor"] == "2 of 12 runs recorded it; among those the same in all runs"
 
 
 def test_other_settings_of_training_are_shown(study: Study) -> None:
