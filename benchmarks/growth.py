@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from common import build, exponent, interleaved, make_trainer, parser, row, save, text_rows, tokenizer
 
-from kv_trainer.bridge import Supervision
 from kv_trainer.capture import capture_kv
 from kv_trainer.fusion import Uniform
 from kv_trainer.importance import importance
 from kv_trainer.losses import KVRelationLoss
+from kv_trainer.supervision import Supervision
 from kv_trainer.types import TeacherSignal
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)

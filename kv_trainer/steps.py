@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from .bridge import Supervision
 from .callbacks import FiniteGuard, GrowingAccumulation, MetricsFile
 from .checks import check_batches
 from .collator import tokens_of
@@ -20,6 +19,7 @@ from .monitor import StepMonitor
 from .panel import TeacherPanel
 from .profiling import part
 from .publish import HubTrainer
+from .supervision import Supervision
 
 GRACE = 3.0  # seconds until the end of a loader worker is known
 
@@ -28,6 +28,7 @@ class StepTrainer(HubTrainer):
     """What MultiTeacherKVTrainer overrides of a step.
 
     taught: whether any teacher runs. sharded: whether parameters are dealt out to the ranks.
+    samples_in_step: of the accumulated, all-ranks batch that is trained on.
     """
 
     train_dataset: Dataset
@@ -38,7 +39,7 @@ class StepTrainer(HubTrainer):
     growth: GrowingAccumulation | None
     taught: bool
     sharded: bool
-    _samples_in_step: Tensor | float
+    samples_in_step: Tensor | float = 1.0
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
         """The micro-batches of one step, their supervised tokens, and (kept here) their samples, over all ranks."""
@@ -53,7 +54,7 @@ class StepTrainer(HubTrainer):
         samples = torch.tensor(float(sum(len(b["input_ids"]) for b in batches)), device=device)
         if self.args.world_size > 1:
             samples = self.accelerator.gather(samples).sum()
-        self._samples_in_step = samples
+        self.samples_in_step = samples
         if batches:  # accumulation that grows asks once more at the end of an epoch
             self.monitor.count_step()
             self.metrics_file.count(samples, num_items)
@@ -99,7 +100,7 @@ class StepTrainer(HubTrainer):
         weighing = "teacher_importance" in self.bridge.weighing(step)
         supervision = Supervision(
             self.panel.signals(inputs, weighing) if self.taught else {}, labels, text["attention_mask"], tokens,
-            self._samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
+            self.samples_in_step, step / steps, step, inputs.get("task"), inputs.get("answer_position"),
             inputs.get("segments"), tokens_of(inputs),
             self.monitor.measure(self.model, self.accelerator, step, step / steps),
         )  # fmt: skip

@@ -172,7 +172,6 @@ class MultiTeacherKVTrainer(StepTrainer):
         self.metrics_file = next(c for c in ours if isinstance(c, MetricsFile))
         self.guard = next(c for c in ours if isinstance(c, FiniteGuard))
         self.growth = next((c for c in ours if isinstance(c, GrowingAccumulation)), None)
-        self._samples_in_step = 1.0
         return ours
 
     def _settle_engine(self) -> None:

@@ -20,10 +20,11 @@ from kv_trainer.arguments import (
     ProjectorConfig,
     RopeAlignment,
 )
-from kv_trainer.bridge import NAME, KVBridge, Supervision
+from kv_trainer.bridge import NAME, KVBridge
 from kv_trainer.capture import capture_kv, kv_shape
 from kv_trainer.fusion import Confidence, Fixed, MinNorm
 from kv_trainer.losses import CKALoss, CrossEntropy, DistillationLoss, KVLoss, KVRelationLoss
+from kv_trainer.supervision import Supervision
 from kv_trainer.types import KVShape, KVStates, TeacherSignal
 
 SAMPLES, LENGTH, THEIRS = 3, 7, 9

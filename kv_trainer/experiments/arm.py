@@ -64,7 +64,7 @@ class Recorder(TrainerCallback):
             if batches:
                 self.rows.append([batch["row"] for batch in batches])
                 self.tokens.append(tokens)
-                self.samples.append(trainer._samples_in_step)
+                self.samples.append(trainer.samples_in_step)
             return batches, tokens
 
         trainer.get_batch_samples = recorded  # type: ignore[method-assign]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..balance import REFERENCE, gradient_norms
-from ..bridge import NAME, Supervision
+from ..bridge import NAME
 from ..callbacks import check_finite
 from ..capture import capture_kv
 from ..collator import tokens_of
 from ..losses import GradientShare, LayerwiseLoss, LossInputs, needs_teacher
+from ..supervision import Supervision
 from ..trainer import MultiTeacherKVTrainer
 from .probes import Costs, Pass, collapse, gradient_cosine, shuffling, without_student
 

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..bridge import KVBridge, Supervision
+from ..bridge import KVBridge
 from ..losses import DistillationLoss, LossInputs
 from ..losses.base import chosen_layers
 from ..losses.kv import KVLoss, pairs, spread
+from ..supervision import Supervision
 from ..types import KVStates
 
 COLLAPSE_STEPS = 40

@@ -18,7 +18,6 @@ from helpers_trainer import ROWS, World, weights
 from rich.console import Console
 
 from kv_trainer.arguments import ControlConfig, DataConfig, ProjectorConfig
-from kv_trainer.bridge import Supervision
 from kv_trainer.cli import main
 from kv_trainer.data import Reader, encode_rows
 from kv_trainer.experiments.advice import advise, as_patch, percent, write_copy
@@ -28,6 +27,7 @@ from kv_trainer.experiments.probes import Costs, collapse, gradient_cosine, targ
 from kv_trainer.losses import CKALoss, CrossEntropy, DistillationLoss, GradientShare, KVLoss, KVRelationLoss, LossInputs
 from kv_trainer.publish import HubTrainer
 from kv_trainer.recipes import load_recipe
+from kv_trainer.supervision import Supervision
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 TO_STUDENT = {"projector": ProjectorConfig(direction="teacher_to_student", learning_rate=0.05)}
